@@ -1,7 +1,7 @@
 """HSTU: the event encoder, the stack, the next-item logits and the task heads.
 
 One layer, three ways to attend (dense for training and export, jagged, paged for serving), and one answer. Tokens are those
-of `hstu_lab.events`: a history is a list of integers that say everything the model knows of it.
+of `hstu_lab.tokens`: a history is a list of integers that say everything the model knows of it.
 Source of the layer: Zhai et al. 2024 (arXiv:2402.17152), eq. 1-3.
 """
 
@@ -19,8 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hstu_lab.config import TASKS, ConfigError, ModelConfig
-from hstu_lab.events import level_seconds, unpack
 from hstu_lab.ops import reference
+from hstu_lab.tokens import level_seconds, unpack
+
+LEVEL_COLUMNS = 2
+"""Columns that prompt embeddings carry beyond d_model: the token's gap level, as two digits."""
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, reference.RelativeBias | None], Tensor]
 """attend(layer, q, k, v, bias) -> attention output; q, k (..., H, d_qk), v and output (..., H, d_v)."""
@@ -318,7 +321,7 @@ class SavedConfig:
         return {
             "model_type": "hstu_lab",
             "architectures": ["HSTUForRecommendation"],
-            "hidden_size": c.d_model,
+            "hidden_size": c.d_model + LEVEL_COLUMNS,
             "num_hidden_layers": c.num_layers,
             "num_attention_heads": c.num_heads,
             "num_key_value_heads": c.num_heads,

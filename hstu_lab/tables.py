@@ -16,7 +16,7 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hstu_lab.config import ModelConfig
-from hstu_lab.events import unpack
+from hstu_lab.tokens import unpack
 
 
 class RowStore(Protocol):

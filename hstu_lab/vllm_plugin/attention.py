@@ -29,7 +29,7 @@ class HSTUAttentionBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        return "HSTU"
+        return "CUSTOM"  # vLLM looks names up in an enumeration; this is its place for backends from outside
 
     @staticmethod
     def get_impl_cls() -> type[HSTUAttentionImpl]:
@@ -61,6 +61,9 @@ class HSTUMetadata(AttentionMetadata):
 
 
 class HSTUMetadataBuilder(AttentionMetadataBuilder[HSTUMetadata]):
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> HSTUMetadata:

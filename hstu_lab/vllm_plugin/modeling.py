@@ -20,12 +20,11 @@ from vllm.model_executor.layers.attention import Attention
 
 from hstu_lab import ops
 from hstu_lab.config import ModelConfig
-from hstu_lab.events import level_seconds, unpack
-from hstu_lab.model import EventEncoder, HSTUStack
+from hstu_lab.model import LEVEL_COLUMNS, EventEncoder, HSTUStack
 from hstu_lab.ops import reference
+from hstu_lab.tokens import level_seconds, unpack
 from hstu_lab.vllm_plugin.attention import HSTUAttentionBackend, SlotTimes
 
-LEVEL_COLUMNS = 2
 _LEVEL_BASE = 256
 
 
