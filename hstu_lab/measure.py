@@ -1,0 +1,361 @@
+"""The one way to time something here, and to write and read what was measured, so that every number can name its origin."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import re
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+SCHEMA_VERSION = 1
+LABEL_PACKAGES = ("torch", "triton", "onnxruntime", "tensorrt", "tensorrt_rtx", "vllm")
+_MOST_SAMPLES = 1000
+_SHORTEST_SAMPLE = 1e-4
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+
+class MeasureError(ValueError):
+    """A measurement or a record that cannot be made or read; the message names the path and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Raw samples of one timed function: seconds of one call each (the mean of `calls` calls where one is too short to time).
+
+    `clock` says what was read: "wall" (host clock), "cuda events" or "cuda graph" (events around a replay). `work` holds the
+    flops and bytes of one call where they are known.
+    """
+
+    name: str
+    samples: tuple[float, ...]
+    calls: int = 1
+    clock: str = "wall"
+    work: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        object.__setattr__(self, "samples", tuple(self.samples))
+        if not self.samples:
+            raise MeasureError(f"measurement {self.name!r} has no samples")
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def min(self) -> float:
+        return min(self.samples)
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.samples)
+
+    @property
+    def p5(self) -> float:
+        return self.percentile(5)
+
+    @property
+    def p95(self) -> float:
+        return self.percentile(95)
+
+    def percentile(self, p: float) -> float:
+        """Linear interpolation between the two nearest samples, p in 0..100."""
+        ordered, at = sorted(self.samples), p / 100 * (len(self.samples) - 1)
+        low, high = math.floor(at), math.ceil(at)
+        return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+
+    @property
+    def flops_per_second(self) -> float:
+        """work["flops"] over the median; NaN where the work is not known."""
+        return self.work.get("flops", math.nan) / self.median
+
+    @property
+    def bytes_per_second(self) -> float:
+        """work["bytes"] over the median; NaN where the work is not known."""
+        return self.work.get("bytes", math.nan) / self.median
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {format_seconds(self.median)} (p5 {format_seconds(self.p5)}, p95 {format_seconds(self.p95)}, "
+            f"{len(self.samples)} samples of {self.calls} call{'s' if self.calls > 1 else ''}, {self.clock})"
+        )
+
+
+def format_seconds(seconds: float) -> str:
+    """Three significant digits in s, ms, us or ns."""
+    for unit, scale in (("s", 1), ("ms", 1e3), ("us", 1e6)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def measure(
+    fn: Callable,
+    *,
+    name: str,
+    warmup: int = 3,
+    repeats: int = 30,
+    min_time: float = 0.2,
+    inputs: Sequence[tuple] | None = None,
+    cuda_graph: bool = False,
+    work: Mapping[str, float] | None = None,
+    device: str | None = None,
+) -> Measurement:
+    """Time `fn`: at least `repeats` samples and about `min_time` seconds, after `warmup` calls that do not count.
+
+    inputs: argument tuples handed to `fn` in turn; give enough of them that together they exceed the cache you do not want
+    to measure (a GPU's L2 keeps one set of small arguments for ever). device: "cuda" reads events on the current stream,
+    "cpu" the host clock (waiting for the GPU on both sides, if this process uses one); by default "cuda" where this process
+    uses a GPU. cuda_graph: capture the calls once and time replays, which leaves out what launching costs the host. work:
+    {"flops": ..., "bytes": ...} of one call. Raises MeasureError where a graph is asked for without a GPU.
+    """
+    on_gpu = device == "cuda" if device else cuda_graph or torch.cuda.is_initialized()
+    if (on_gpu or cuda_graph) and not torch.cuda.is_available():
+        raise MeasureError(f"{name}: cuda timing was asked for and no GPU is here: use device='cpu' without cuda_graph")
+    if cuda_graph and not on_gpu:
+        raise MeasureError(f"{name}: a CUDA graph is timed on the GPU: leave device out")
+    arguments = [tuple(a) for a in inputs] if inputs is not None else [()]
+    if not arguments or repeats < 1:
+        raise MeasureError(f"{name}: give at least one tuple of inputs and one repeat")
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() or on_gpu else lambda: None
+
+    for i in range(max(warmup, 1)):
+        fn(*arguments[i % len(arguments)])
+    wait()
+    start = time.perf_counter_ns()
+    fn(*arguments[0])
+    wait()
+    estimate = max((time.perf_counter_ns() - start) / 1e9, 1e-9)
+
+    calls = max(1, math.ceil(max(_SHORTEST_SAMPLE, min_time / _MOST_SAMPLES) / estimate))
+    if cuda_graph:
+        calls = -(-calls // len(arguments)) * len(arguments)
+        run = _captured(fn, arguments, calls)
+    else:
+        run = _rotating(fn, arguments, calls)
+    count = max(repeats, math.ceil(min_time / (estimate * calls)))
+    samples = _sample_events(run, count) if on_gpu else _sample_wall(run, count, wait)
+    clock = "cuda graph" if cuda_graph else "cuda events" if on_gpu else "wall"
+    return Measurement(name, tuple(s / calls for s in samples), calls, clock, dict(work or {}))
+
+
+def _rotating(fn: Callable, arguments: list[tuple], calls: int) -> Callable[[], None]:
+    turn = 0
+
+    def run():
+        nonlocal turn
+        for _ in range(calls):
+            fn(*arguments[turn])
+            turn = (turn + 1) % len(arguments)
+
+    return run
+
+
+def _captured(fn: Callable, arguments: list[tuple], calls: int) -> Callable[[], None]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _rotating(fn, arguments, calls)()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph.replay
+
+
+def _sample_wall(run: Callable[[], None], count: int, wait: Callable[[], None]) -> list[float]:
+    samples = []
+    for _ in range(count):
+        wait()
+        start = time.perf_counter_ns()
+        run()
+        wait()
+        samples.append((time.perf_counter_ns() - start) / 1e9)
+    return samples
+
+
+def _sample_events(run: Callable[[], None], count: int) -> list[float]:
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    torch.cuda.synchronize()
+    for start, end in pairs:
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+
+
+def peak_copy_bandwidth(device: str | None = None, *, size: int | None = None) -> Measurement:
+    """The ruler for memory-bound work: a plain copy inside the device's memory; see `.bytes_per_second` (read plus written).
+
+    device: "cuda" or "cpu" (default: the GPU where there is one); size: bytes copied (default 1 GiB, 128 MiB on the CPU).
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    size = size or (2**30 if device == "cuda" else 2**27)
+    source = torch.ones(size // 4, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    return measure(lambda: target.copy_(source), name="copy", repeats=10, work={"bytes": 2 * source.nbytes}, device=device)
+
+
+@dataclasses.dataclass
+class Record:
+    """Measurements with all that is needed to judge and repeat them. Written as JSON by `write_record`.
+
+    `data` holds derived results (any JSON); `threads` is PyTorch's thread count on the host; `path` is set by reads and writes.
+    """
+
+    name: str
+    device: str
+    driver: str | None
+    versions: dict[str, str]
+    command: str
+    date: str
+    threads: int
+    note: str = ""
+    measurements: list[Measurement] = dataclasses.field(default_factory=list)
+    data: dict = dataclasses.field(default_factory=dict)
+    path: Path | None = dataclasses.field(default=None, compare=False)
+
+    @classmethod
+    def here(
+        cls, name: str, *, measurements: Sequence[Measurement] = (), data: dict | None = None, note: str = "", command: str = ""
+    ) -> Record:
+        """A record of this machine, now. `command` is how to make it again (default: the command that runs).
+
+        Raises MeasureError in a notebook, which has no command, unless it is given.
+        """
+        from hstu_lab import environment
+
+        return cls(
+            name=name,
+            device=environment.device_name(),
+            driver=getattr(environment, "driver_version", lambda: None)(),
+            versions=dict(environment.versions()),
+            command=command or _this_command(name),
+            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            threads=torch.get_num_threads(),
+            note=note,
+            measurements=list(measurements),
+            data=dict(data or {}),
+        )
+
+    def __getitem__(self, name: str) -> Measurement:
+        """The measurement of that name. Raises MeasureError naming those there are."""
+        for measurement in self.measurements:
+            if measurement.name == name:
+                return measurement
+        names = ", ".join(m.name for m in self.measurements) or "none"
+        raise MeasureError(f"{self.path or self.name}: no measurement {name!r}; there are: {names}")
+
+    @property
+    def label(self) -> str:
+        """Where the numbers come from, to print beside them."""
+        parts = [self.device, self.date[:10], *(f"{p} {self.versions[p]}" for p in LABEL_PACKAGES if p in self.versions)]
+        where = f" ({_shown(self.path)})" if self.path else ""
+        return f"recorded on {', '.join(parts)}{where}"
+
+
+def data_root() -> Path:
+    """The folder of the project's data: HSTU_LAB_DATA, else `data/` of the checkout, else `data/` of the working directory."""
+    if given := os.environ.get("HSTU_LAB_DATA"):
+        return Path(given)
+    checkout = Path(__file__).resolve().parents[1]
+    return checkout / "data" if (checkout / "pyproject.toml").exists() else Path("data")
+
+
+def write_record(record: Record, root: Path | str | None = None) -> Path:
+    """Write `root`/<device slug>/<name>.json (default: `measured/` in the data folder) in one step, replacing what was there.
+
+    Keys are sorted and samples rounded to four significant digits. Raises MeasureError on values that JSON cannot hold.
+    """
+    if not _NAME.fullmatch(record.name):
+        raise MeasureError(f"record name {record.name!r}: use lower-case letters, digits, '.', '_' and '-'")
+    path = _measured(root) / _slug(record.device) / f"{record.name}.json"
+    fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name not in ("measurements", "path")}
+    measurements = [{**dataclasses.asdict(m), "samples": [float(f"{s:.4g}") for s in m.samples]} for m in record.measurements]
+    try:
+        text = json.dumps(
+            {"schema_version": SCHEMA_VERSION, **fields, "measurements": measurements},
+            sort_keys=True, allow_nan=False, ensure_ascii=False, indent=1,
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise MeasureError(f"{path}: {error}: a record holds finite numbers, text, lists and dictionaries") from error
+    # One line a list of numbers: a record is read by people too.
+    text = re.sub(r"\[\s*(-?\d[^\[\]{}\"]*?)\s*\]", lambda m: "[" + " ".join(m.group(1).split()) + "]", text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+        file.write(text + "\n")
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+    record.path = path
+    return path
+
+
+def list_records(root: Path | str | None = None) -> list[Path]:
+    """Every record file, sorted by device and name."""
+    return sorted(_measured(root).glob("*/*.json"))
+
+
+def read_record(name: str, device: str | None = None, root: Path | str | None = None, *, command: str = "") -> Record:
+    """The record of that name: of `device` (name or slug), else of this machine, else the newest of any device.
+
+    `command` is named as the remedy where the record is missing. Raises MeasureError for a missing or unreadable record.
+    """
+    folder = _measured(root)
+    others = sorted(folder.glob(f"*/{name}.json"))
+    if device is None:
+        from hstu_lab import environment
+
+        own = folder / environment.device_slug() / f"{name}.json"
+        if not own.exists() and others:
+            return max((_load(path, command) for path in others), key=lambda record: record.date)
+        path = own
+    else:
+        path = folder / _slug(device) / f"{name}.json"
+    if not path.exists():
+        remedy = command or next((f"{_load(other).command}" for other in others), "")
+        hint = f"make it with: {remedy}" if remedy else "list_records() shows those there are"
+        raise MeasureError(f"{path}: no such record: {hint}")
+    return _load(path, command)
+
+
+def _load(path: Path, command: str = "") -> Record:
+    remedy = f"make it again with: {command}" if command else "restore the file or measure again"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        version = fields.pop("schema_version")
+        if version == SCHEMA_VERSION:
+            measurements = [Measurement(**m) for m in fields.pop("measurements")]
+            return Record(**fields, measurements=measurements, path=path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MeasureError(f"{path}: not a readable record ({error}): {remedy}") from error
+    raise MeasureError(f"{path}: schema_version is {version}, this release reads {SCHEMA_VERSION}: {remedy}")
+
+
+def _measured(root: Path | str | None) -> Path:
+    return Path(root) if root is not None else data_root() / "measured"
+
+
+def _slug(device: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def _shown(path: Path) -> Path:
+    """The path as seen from the checkout, where it is inside."""
+    path, checkout = path.resolve(), Path(__file__).resolve().parents[1]
+    return path.relative_to(checkout) if path.is_relative_to(checkout) else path
+
+
+def _this_command(name: str) -> str:
+    argv = list(sys.orig_argv)
+    if any("ipykernel" in a for a in argv):
+        raise MeasureError(f"record {name!r}: a notebook has no command line: say command='...' that makes the record again")
+    checkout = f"{Path(__file__).resolve().parents[1]}{os.sep}"
+    return shlex.join(["python", *(a.removeprefix(checkout) for a in argv[1:])])
