@@ -105,7 +105,7 @@ def _may_swap(answer):
     expect(answer([3, 8, 5], [3, 8, 2], scores, 1e-3) is False, "2 took the place of 5, whose score is far above")
     expect(answer([3, 8, 5], [3, 8], scores, 1e-3) is False, "a shorter list does not agree")
     expect(
-        answer([3, 8, 5], [3, 3, 5], scores, 1e-3) is False, "3 appears twice and 8 is gone: ten items means ten distinct items"
+        answer([3, 8, 5], [3, 3, 5], scores, 1e-3) is False, "3 appears twice and 8 is gone: a list has distinct items"
     )
 
 

@@ -18,6 +18,9 @@ from pathlib import Path
 
 import torch
 
+from hstu_lab import environment
+from hstu_lab.environment import slugify
+
 SCHEMA_VERSION = 1
 LABEL_PACKAGES = ("torch", "triton", "onnxruntime", "tensorrt", "tensorrt_rtx", "vllm")
 _MOST_SAMPLES = 1000
@@ -213,7 +216,7 @@ class Record:
 
     name: str
     device: str
-    driver: str | None
+    driver: str
     versions: dict[str, str]
     command: str
     date: str
@@ -231,12 +234,11 @@ class Record:
 
         Raises MeasureError in a notebook, which has no command, unless it is given.
         """
-        from hstu_lab import environment
-
+        machine = environment.doctor().machine
         return cls(
             name=name,
-            device=environment.device_name(),
-            driver=getattr(environment, "driver_version", lambda: None)(),
+            device=machine.device,
+            driver=machine.driver,
             versions=dict(environment.versions()),
             command=command or _this_command(name),
             date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -277,7 +279,7 @@ def write_record(record: Record, root: Path | str | None = None) -> Path:
     """
     if not _NAME.fullmatch(record.name):
         raise MeasureError(f"record name {record.name!r}: use lower-case letters, digits, '.', '_' and '-'")
-    path = _measured(root) / _slug(record.device) / f"{record.name}.json"
+    path = _measured(root) / slugify(record.device) / f"{record.name}.json"
     fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name not in ("measurements", "path")}
     measurements = [{**dataclasses.asdict(m), "samples": [float(f"{s:.4g}") for s in m.samples]} for m in record.measurements]
     try:
@@ -311,14 +313,12 @@ def read_record(name: str, device: str | None = None, root: Path | str | None = 
     folder = _measured(root)
     others = sorted(folder.glob(f"*/{name}.json"))
     if device is None:
-        from hstu_lab import environment
-
-        own = folder / environment.device_slug() / f"{name}.json"
+        own = folder / environment.deviceslugify() / f"{name}.json"
         if not own.exists() and others:
             return max((_load(path, command) for path in others), key=lambda record: record.date)
         path = own
     else:
-        path = folder / _slug(device) / f"{name}.json"
+        path = folder / slugify(device) / f"{name}.json"
     if not path.exists():
         remedy = command or next((f"{_load(other).command}" for other in others), "")
         hint = f"make it with: {remedy}" if remedy else "list_records() shows those there are"
@@ -341,10 +341,6 @@ def _load(path: Path, command: str = "") -> Record:
 
 def _measured(root: Path | str | None) -> Path:
     return Path(root) if root is not None else data_root() / "measured"
-
-
-def _slug(device: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def _shown(path: Path) -> Path:
