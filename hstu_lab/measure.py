@@ -313,7 +313,7 @@ def read_record(name: str, device: str | None = None, root: Path | str | None = 
     folder = _measured(root)
     others = sorted(folder.glob(f"*/{name}.json"))
     if device is None:
-        own = folder / environment.deviceslugify() / f"{name}.json"
+        own = folder / environment.device_slug() / f"{name}.json"
         if not own.exists() and others:
             return max((_load(path, command) for path in others), key=lambda record: record.date)
         path = own

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import itertools
 import math
 import threading
 import time
@@ -24,12 +25,12 @@ PERCENTILES = (50, 95, 99)
 class Histogram:
     """Values of one quantity in log-spaced buckets (13 KiB): percentiles within `RELATIVE_ERROR`, exact count, sum, min and max.
 
-    Bucket i holds [LOWEST * g^i, LOWEST * g^(i+1)), as in DDSketch (Masson et al. 2019). Values below `LOWEST` are counted
-    as the smallest value seen, values from `HIGHEST` on as the largest. Every method may be called from any thread.
+    Bucket i holds [LOWEST * g^i, LOWEST * g^(i+1)), as in DDSketch (Masson et al. 2019). Values below `LOWEST` are reported
+    as the smallest value seen, values beyond `HIGHEST` as the largest. Every method may be called from any thread.
     """
 
     def __init__(self):
-        self._counts = array.array("Q", bytes(8 * _BUCKETS))
+        self._counts = array.array("Q", bytes(8 * (_BUCKETS + 1)))
         self._below = 0
         self._lock = threading.Lock()
         self.count, self.sum, self.min, self.max = 0, 0.0, math.inf, -math.inf
@@ -44,7 +45,7 @@ class Histogram:
             if value < LOWEST:
                 self._below += count
             else:
-                self._counts[min(int(math.log(value / LOWEST) * _SCALE), _BUCKETS - 1)] += count
+                self._counts[min(int(math.log(value / LOWEST) * _SCALE), _BUCKETS)] += count
             self.count += count
             self.sum += value * count
             self.min, self.max = min(self.min, value), max(self.max, value)
@@ -91,7 +92,7 @@ class Histogram:
         for i, n in enumerate(counts):
             if n:
                 seen += n
-                rows.append((LOWEST * _GROWTH ** (i + 1), seen))
+                rows.append((LOWEST * _GROWTH ** (i + 1) if i < _BUCKETS else math.inf, seen))
         return rows
 
     def to_dict(self) -> dict[str, float]:
@@ -106,16 +107,13 @@ def _percentile(p: float, counts: array.array, below: int, count: int, low: floa
     if not count:
         return math.nan
     rank = max(math.ceil(p / 100 * count), 1)
-    seen = below
-    if rank <= seen:
+    if rank <= max(below, 1):
         return low
-    for i, n in enumerate(counts):
-        seen += n
-        if rank <= seen:
-            # The middle in the sense of relative error; the extremes are known exactly.
-            middle = LOWEST * _GROWTH**i * 2 * _GROWTH / (1 + _GROWTH)
-            return min(max(middle, low), high)
-    return high
+    i = next(i for i, seen in enumerate(itertools.accumulate(counts, initial=below)) if rank <= seen) - 1
+    if rank == count or i == _BUCKETS:
+        return high
+    # The middle of the bucket in the sense of relative error.
+    return min(max(LOWEST * _GROWTH**i * 2 * _GROWTH / (1 + _GROWTH), low), high)
 
 
 class StageTimer:

@@ -1,0 +1,106 @@
+"""A check passes the right answer, tells a wrong one what to look at, and never shows a traceback."""
+
+import pytest
+
+from hstu_lab import checks
+
+
+@pytest.fixture
+def doubling(monkeypatch):
+    monkeypatch.setattr(checks, "_CHECKS", {})
+
+    @checks.register("doubling")
+    def check_doubling(answer):
+        checks.expect_close(answer(2), 4.0, "two twice is four")
+        checks.expect(answer(0) == 0, "nothing twice is nothing")
+
+
+def test_a_right_answer_passes(doubling, capsys):
+    assert checks.check("doubling", lambda x: 2 * x) is True
+    assert checks.check("doubling", lambda x: 2 * x, strict=True) is True
+    assert capsys.readouterr().out == "✓ doubling\n" * 2
+
+
+def unwritten(x):
+    raise NotImplementedError
+
+
+def crashing(x):
+    y = x - 2
+    return 1 / y
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda x: x**2 + 1, "got 5, expected 4: two twice is four"),
+        (lambda x: 4, "nothing twice is nothing"),
+        (lambda x: float("nan"), "got nan, expected 4"),
+        (lambda x: None, "got None where a number was expected"),
+        (unwritten, "not written yet"),
+        (crashing, r"your answer raised ZeroDivisionError: division by zero \(line 3 of crashing\)"),
+        (lambda: 1, "your answer raised TypeError"),
+        (None, "your answer raised TypeError: 'NoneType' object is not callable"),
+    ],
+)
+def test_a_wrong_answer_is_told_what_to_look_at(doubling, capsys, answer, message):
+    assert checks.check("doubling", answer) is False
+    printed = capsys.readouterr().out
+    assert printed.startswith("✗ doubling: ")
+    assert printed.count("\n") == 1
+    with pytest.raises(checks.CheckFailed, match=message):
+        checks.check("doubling", answer, strict=True)
+
+
+def test_unknown_and_repeated_names_are_refused(doubling):
+    with pytest.raises(KeyError, match="no check 'tripling'; there are: doubling"):
+        checks.check("tripling", lambda x: 3 * x)
+    with pytest.raises(ValueError, match="registered twice"):
+        checks.register("doubling")(print)
+    assert checks.names() == ["doubling"]
+
+
+def test_interrupting_is_not_a_wrong_answer(doubling):
+    def interrupt(x):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checks.check("doubling", interrupt)
+
+
+def amdahl(stages, stage, speedup):
+    return sum(ms / (speedup if name == stage else 1) for name, ms in stages.items())
+
+
+def may_swap(reference, other, scores, error):
+    if len(reference) != len(other) or len(set(other)) != len(other):
+        return False
+    return all(abs(scores[a] - scores[b]) < 2 * error for a, b in zip(reference, other) if a != b)
+
+
+def largest_batch(limit, fixed, per_user):
+    return max(int((limit - fixed) // per_user), 0)
+
+
+RIGHT = {"one-stage-faster": amdahl, "may-swap": may_swap, "largest-batch": largest_batch}
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("one-stage-faster", lambda stages, stage, speedup: sum(stages.values()) / speedup),
+        (
+            "one-stage-faster",
+            lambda stages, stage, speedup: stages.update({stage: stages[stage] / speedup}) or sum(stages.values()),
+        ),
+        ("may-swap", lambda reference, other, scores, error: reference == other),
+        ("may-swap", lambda reference, other, scores, error: set(reference) == set(other)),
+        ("may-swap", lambda reference, other, scores, error: True),
+        ("largest-batch", lambda limit, fixed, per_user: round((limit - fixed) / per_user)),
+        ("largest-batch", lambda limit, fixed, per_user: int(limit // per_user)),
+        ("largest-batch", lambda limit, fixed, per_user: int((limit - fixed) // per_user)),
+    ],
+)
+def test_the_checks_tell_right_from_nearly_right(name, wrong, capsys):
+    assert checks.check(name, RIGHT[name], strict=True)
+    assert not checks.check(name, wrong)
