@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import gzip
 import json
 import math
@@ -31,9 +30,24 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hstu_lab.config import ACTIONS, ModelConfig
+from hstu_lab.config import ACTIONS
+from hstu_lab.event_log import Catalog, EventLog, EventsError, History, Report, clear_errors
+from hstu_lab.synthetic import World
 
-CATALOG_VERSION = 1
+__all__ = [
+    "Catalog",
+    "EventLog",
+    "EventsError",
+    "History",
+    "Report",
+    "World",
+    "movielens_catalog",
+    "read_events",
+    "task_labels",
+    "to_jagged",
+    "write_events",
+]
+
 CLOCK_SKEW = 300
 """Seconds that a timestamp may lie ahead of this machine's clock."""
 SESSION_GAP = 3600
@@ -70,202 +84,10 @@ REMEDIES = {
 """What can be wrong with a row, and what to do about it."""
 
 
-class EventsError(ValueError):
-    """Events that cannot be used. The message is one line naming file, row, field and remedy, as far as each exists."""
-
-
 class _BadRow(Exception):
     def __init__(self, field: str, reason: str):
         super().__init__(field, reason)
         self.field, self.reason = field, reason
-
-
-@dataclasses.dataclass
-class Report:
-    """What became of a file's rows. `rejected` and `repaired` count rows by reason; `str(report)` is one line."""
-
-    source: str = ""
-    rows: int = 0
-    kept: int = 0
-    rejected: dict[str, int] = dataclasses.field(default_factory=dict)
-    repaired: dict[str, int] = dataclasses.field(default_factory=dict)
-    reject_file: str | None = None
-
-    def __str__(self) -> str:
-        line = f"{self.source}: {self.rows:,} rows, {self.kept:,} kept"
-        if self.rejected:
-            line += f", {sum(self.rejected.values()):,} rejected ({_counts(self.rejected)})"
-            line += f" -> {self.reject_file}" if self.reject_file else ""
-        return line + (f"; repaired: {_counts(self.repaired)}" if self.repaired else "")
-
-
-def _counts(reasons: dict[str, int]) -> str:
-    return ", ".join(f"{n:,} {reason}" for reason, n in sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0])))
-
-
-# ---- items
-
-
-@dataclasses.dataclass
-class Catalog:
-    """The items of one world by table row. Row 0 means no item; ids[row] is None where a row holds none.
-
-    `titles` runs like `ids`; `features` maps a side feature's name to int64 (num_items,), 0 meaning unknown.
-    """
-
-    name: str
-    ids: list[str | None]
-    titles: list[str | None]
-    features: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-
-    @property
-    def num_items(self) -> int:
-        """Table rows, row 0 included."""
-        return len(self.ids)
-
-    @functools.cached_property
-    def rows(self) -> dict[str, int]:
-        """Row of every external id."""
-        return {id: row for row, id in enumerate(self.ids) if id is not None}
-
-    @property
-    def known(self) -> np.ndarray:
-        """bool (num_items,): which rows hold an item."""
-        return np.array([id is not None for id in self.ids], dtype=bool)
-
-    def row(self, id: str) -> int:
-        """Table row of an external id; 0 if the catalog does not have it."""
-        return self.rows.get(id, 0)
-
-    def item_features(self, config: ModelConfig) -> np.ndarray:
-        """int64 (F, config.num_items) in the order of `config.side_features`; features the catalog lacks are 0.
-
-        Raises EventsError where the catalog or one of its features outgrows the config's tables.
-        """
-        if self.num_items > config.num_items:
-            raise EventsError(
-                f"catalog {self.name!r} has {self.num_items:,} item rows, preset {config.preset!r} holds {config.num_items:,}: "
-                "choose a larger preset or raise num_items"
-            )
-        table = np.zeros((len(config.side_features), config.num_items), dtype=np.int64)
-        for target, (name, rows) in zip(table, config.side_features):
-            values = self.features.get(name, np.zeros(1, dtype=np.int64))
-            if values.max() >= rows:
-                raise EventsError(
-                    f"catalog {self.name!r}: feature {name!r} goes up to {values.max():,}, preset {config.preset!r} has "
-                    f"{rows:,} rows: raise that side feature's rows"
-                )
-            target[: len(values)] = values
-        return table
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the catalog as JSON."""
-        features = {name: values.tolist() for name, values in self.features.items()}
-        fields = {"schema_version": CATALOG_VERSION, "name": self.name, "ids": self.ids, "titles": self.titles}
-        pathlib.Path(path).write_text(json.dumps({**fields, "features": features}, ensure_ascii=False) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> Catalog:
-        """Read what `save` wrote. Raises EventsError naming the file and the field."""
-        with _clear_errors(path, "restore it or write it again"):
-            fields = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-            version = fields.get("schema_version") if isinstance(fields, dict) else None
-            if version != CATALOG_VERSION:
-                raise EventsError(f"{path}: schema_version is {version!r}, this release reads {CATALOG_VERSION}: write it again")
-            features = {name: np.array(values, dtype=np.int64) for name, values in fields["features"].items()}
-            catalog = cls(fields["name"], fields["ids"], fields["titles"], features)
-            for field, values in (("titles", catalog.titles), *features.items()):
-                if len(values) != len(catalog.ids):
-                    raise EventsError(f"{path}: {field} has {len(values)} values for {len(catalog.ids)} ids: write it again")
-            return catalog
-
-
-# ---- events in memory
-
-
-_none = functools.partial(np.zeros, 0, np.int64)
-
-
-@dataclasses.dataclass
-class History:
-    """Events of one user, oldest first; `history[:n]` cuts every column. `History("new")` has none, which is legal.
-
-    items int64 (catalog rows), actions int64 (ids of `config.ACTIONS`), timestamps int64 (Unix seconds), dwell float32
-    (seconds, NaN: unknown), sessions int64 (0, 1, ... within the user); all (length,).
-    """
-
-    user: str
-    items: np.ndarray = dataclasses.field(default_factory=_none)
-    actions: np.ndarray = dataclasses.field(default_factory=_none)
-    timestamps: np.ndarray = dataclasses.field(default_factory=_none)
-    dwell: np.ndarray = dataclasses.field(default_factory=functools.partial(np.zeros, 0, np.float32))
-    sessions: np.ndarray = dataclasses.field(default_factory=_none)
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, part: slice) -> History:
-        return History(
-            self.user, self.items[part], self.actions[part], self.timestamps[part], self.dwell[part], self.sessions[part]
-        )
-
-
-@dataclasses.dataclass
-class EventLog:
-    """Events of U users in columns: user i's events are rows offsets[i]:offsets[i + 1] of each, oldest first.
-
-    users: external ids in natural order ("u2" before "u10"); offsets int64 (U + 1,); the other columns (T,) as in `History`.
-    `context` (T,) holds a dict or None an event, or is None where no event has one.
-    """
-
-    catalog: Catalog
-    users: list[str]
-    offsets: np.ndarray
-    items: np.ndarray
-    actions: np.ndarray
-    timestamps: np.ndarray
-    dwell: np.ndarray
-    sessions: np.ndarray
-    context: np.ndarray | None = None
-    report: Report = dataclasses.field(default_factory=Report)
-
-    def __len__(self) -> int:
-        return len(self.users)
-
-    @property
-    def num_events(self) -> int:
-        return len(self.items)
-
-    @functools.cached_property
-    def _rows(self) -> dict[str, int]:
-        return {user: i for i, user in enumerate(self.users)}
-
-    def index(self, user: str) -> int:
-        """Position of a user's external id in `users`. Raises EventsError if there is none."""
-        if user not in self._rows:
-            raise EventsError(
-                f"user {user!r} is unknown: the log has {len(self):,} users, {self.users[0]!r} to {self.users[-1]!r}"
-                if self.users
-                else f"user {user!r} is unknown: the log is empty"
-            )
-        return self._rows[user]
-
-    def history(self, i: int) -> History:
-        """All events of the user at position i."""
-        a, b = self.offsets[i], self.offsets[i + 1]
-        columns = (self.items, self.actions, self.timestamps, self.dwell, self.sessions)
-        return History(self.users[i], *(column[a:b] for column in columns))
-
-    def select(self, indices: Sequence[int]) -> EventLog:
-        """A log of the users at these positions only, in this order."""
-        indices = np.asarray(indices, dtype=np.int64)
-        offsets = np.concatenate([[0], np.cumsum(np.diff(self.offsets)[indices])])
-        events = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][indices] - offsets[:-1], np.diff(offsets))
-        columns = (self.items, self.actions, self.timestamps, self.dwell, self.sessions)
-        context = None if self.context is None else self.context[events]
-        report = Report(f"{len(indices)} users of {self.report.source}", len(events), len(events))
-        users = [self.users[i] for i in indices]
-        return EventLog(self.catalog, users, offsets, *(column[events] for column in columns), context, report)
 
 
 # ---- files
@@ -342,7 +164,7 @@ class _Rejects:
         reject_file = None
         if self.rows and self.file is not None:
             self.rows.sort()
-            with _clear_errors(self.file, "give a reject file that can be written"):
+            with clear_errors(self.file, "give a reject file that can be written"):
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 with open(self.file, "w", encoding="utf-8") as file:
                     for row, field, reason, text in self.rows:
@@ -361,27 +183,10 @@ class _Rejects:
         return Report(str(self.path), kept + len(self.rows), kept, dict(counts), {}, reject_file)
 
 
-@contextlib.contextmanager
-def _clear_errors(path: str | os.PathLike, remedy: str) -> Iterator[None]:
-    """Turn whatever a damaged file makes the libraries raise into one EventsError."""
-    import pyarrow as pa
-
-    damaged = (gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, EOFError, pa.ArrowException, NotImplementedError, RuntimeError)
-    try:
-        yield
-    except EventsError:
-        raise
-    except FileNotFoundError as error:
-        raise EventsError(f"{path}: no such file: check the path") from error
-    except (*damaged, OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise EventsError(f"{path}: cannot be read or written ({said}): {remedy}") from error
-
-
 def _jsonl_rows(path: pathlib.Path, rejects: _Rejects) -> Iterator[tuple[int, Any, bytes]]:
     """(line number, parsed line, line) of every line that is JSON; blank lines do not count."""
     with (
-        _clear_errors(path, "it may be truncated; restore it"),
+        clear_errors(path, "it may be truncated; restore it"),
         (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file,
     ):
         for number, line in enumerate(file, 1):
@@ -402,7 +207,7 @@ def _parquet_rows(path: pathlib.Path, rejects: _Rejects) -> Iterator[tuple[int, 
     import pyarrow.parquet as pq
 
     number = 0
-    with _clear_errors(path, "it may be damaged; restore it"), pq.ParquetFile(path, page_checksum_verification=True) as file:
+    with clear_errors(path, "it may be damaged; restore it"), pq.ParquetFile(path, page_checksum_verification=True) as file:
         names = file.schema_arrow.names
         for field in ("user", "item", "action", "timestamp"):
             if field not in names:
@@ -566,7 +371,7 @@ def write_events(log: EventLog, path: str | os.PathLike) -> None:
     context = [None] * len(user) if log.context is None else log.context.tolist()
     columns = (user, session, item, action, log.timestamps.tolist(), dwell, context)
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        with _clear_errors(path, "give a path that can be written"), open(path, "wb") as raw:
+        with clear_errors(path, "give a path that can be written"), open(path, "wb") as raw:
             # mtime 0: the same log gives the same bytes.
             file = gzip.GzipFile("", "wb", 9, raw, mtime=0) if path.suffix == ".gz" else raw
             for row in zip(*columns):
@@ -581,7 +386,7 @@ def write_events(log: EventLog, path: str | os.PathLike) -> None:
         texts = [None if value is None else json.dumps(value) for value in context]
         types = (*[pa.string()] * 4, pa.int64(), pa.float64(), pa.string())
         arrays = [pa.array(values, type) for values, type in zip((*columns[:-1], texts), types)]
-        with _clear_errors(path, "give a path that can be written"):
+        with clear_errors(path, "give a path that can be written"):
             pq.write_table(pa.table(dict(zip(COLUMNS, arrays))), path, compression="zstd", write_page_checksum=True)
     else:
         raise EventsError(f"{path}: of unknown kind: use .jsonl, .jsonl.gz or .parquet")
@@ -637,7 +442,7 @@ def _movielens_files(path: pathlib.Path) -> dict[str, bytes]:
     """Contents of ratings.dat, movies.dat and users.dat in a folder or zip, at any depth."""
     remedy = "it may be truncated; download MovieLens-1M again"
     names, contents = ("ratings.dat", "movies.dat", "users.dat"), {}
-    with _clear_errors(path, remedy), contextlib.ExitStack() as stack:
+    with clear_errors(path, remedy), contextlib.ExitStack() as stack:
         archive = None if path.is_dir() else stack.enter_context(zipfile.ZipFile(path))
         members = [str(p) for p in sorted(path.rglob("*.dat"))] if archive is None else archive.namelist()
         for name in names:
@@ -709,11 +514,3 @@ def to_jagged(log: EventLog, user_indices: Sequence[int]):
     lengths = np.tile(np.diff(part.offsets), 3)
     keys = ["item", "action", "timestamp"]
     return KeyedJaggedTensor(keys=keys, values=torch.from_numpy(values), lengths=torch.from_numpy(lengths))
-
-
-def __getattr__(name: str):
-    if name == "World":
-        from hstu_lab.synthetic import World
-
-        return World
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
