@@ -293,6 +293,19 @@ class HSTU(nn.Module):
         times = self.times(tokens, offsets, cache.last_times)
         return self.stack.paged(self.embed(tokens, offsets), offsets, times, cache, as_candidates=True)
 
+    def rank(self, tokens: Tensor, offsets: Tensor, candidates: Tensor) -> Tensor:
+        """Task scores (B, C, 3) of candidate items (B, C) after the jagged histories (T,), in one masked pass."""
+        batch, count = candidates.shape
+        length = int(offsets.diff().max())
+        history = reference.jagged_to_dense(self.embed(tokens, offsets), offsets, length)
+        flat = candidates.flatten()
+        targets = self.embed(flat, torch.arange(batch + 1, device=flat.device) * count).view(batch, count, -1)
+        times = self.times(tokens, offsets)
+        last = times[offsets[1:] - 1].unsqueeze(1).expand(-1, count)
+        times = torch.cat([reference.jagged_to_dense(times, offsets, length), last], dim=1)
+        hidden = self.stack.candidates(torch.cat([history, targets], dim=1), offsets.diff(), length, times)
+        return self.task_scores(hidden[:, length:])
+
     # ---- what comes out
 
     def item_matrix(self) -> Tensor:

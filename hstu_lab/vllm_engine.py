@@ -15,6 +15,8 @@ import pathlib
 import sys
 import threading
 
+from torch import Tensor
+
 from hstu_lab.model import load_config
 
 ENVIRONMENT = {
@@ -26,6 +28,10 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 """Set, unless the caller has, before vLLM is imported: one process, quiet, no network, torch's own thread count."""
+
+
+_STEP = threading.Lock()
+"""Engines take turns: vLLM keeps the context of a forward pass in a global of the process."""
 
 
 class EngineError(RuntimeError):
@@ -59,15 +65,20 @@ class Generated:
 class Engine:
     """vLLM serving one checkpoint folder.
 
-    Prompts are packed tokens (list of int), or, with `prompt_embeds=True`, float32 tensors (tokens, d_model + 2) made by
-    `hstu_lab.vllm_plugin.modeling.attach_levels`. Raises EngineError where vLLM is missing or the folder is no checkpoint.
+    A prompt is packed tokens (list of int), or a float32 tensor (tokens, d_model + 2) made by
+    `hstu_lab.vllm_plugin.modeling.attach_levels`; one engine takes both. Raises EngineError where vLLM is missing.
     """
 
-    def __init__(self, checkpoint: str | pathlib.Path, options: EngineOptions | None = None, prompt_embeds: bool = False):
+    def __init__(self, checkpoint: str | pathlib.Path, options: EngineOptions | None = None):
         options = options or EngineOptions()
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         try:
+            from vllm.platforms import current_platform
+
+            if current_platform.is_cpu():
+                # vLLM compiles two tiny sampling functions with Inductor: seconds of a first request, and a C++ compiler.
+                current_platform.simple_compile_backend = "eager"
             from vllm import EngineArgs
             from vllm.v1.engine.llm_engine import LLMEngine
         except ImportError as error:
@@ -77,14 +88,13 @@ class Engine:
 
         register()
         self.config = load_config(checkpoint)
-        self.prompt_embeds = prompt_embeds
         arguments = dataclasses.asdict(options)
         arguments["additional_config"] = {"ops": arguments.pop("ops")}
-        with contextlib.redirect_stdout(sys.__stdout__):  # vLLM wants a stdout with a file number; Jupyter's has none
+        with _STEP, contextlib.redirect_stdout(sys.__stdout__):  # vLLM wants a stdout with a file number; Jupyter's has none
             self.engine = LLMEngine.from_engine_args(
                 EngineArgs(
                     model=str(checkpoint), skip_tokenizer_init=True, max_model_len=self.config.max_seq_len, max_logprobs=-1,
-                    logprobs_mode="processed_logprobs", logits_processors=[SeenItems], enable_prompt_embeds=prompt_embeds,
+                    logprobs_mode="processed_logprobs", logits_processors=[SeenItems], enable_prompt_embeds=True,
                     disable_log_stats=True, use_tqdm_on_load=False, seed=0, **arguments,
                 )
             )  # fmt: skip
@@ -121,7 +131,7 @@ class Engine:
             temperature=0, max_tokens=max_tokens, logprobs=logprobs, flat_logprobs=True, detokenize=False, ignore_eos=True,
             extra_args={"seen": list(seen)}, output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
-        body = {"prompt_embeds": prompt} if self.prompt_embeds else {"prompt_token_ids": list(prompt)}
+        body = {"prompt_embeds": prompt} if isinstance(prompt, Tensor) else {"prompt_token_ids": list(prompt)}
         outer: concurrent.futures.Future[Generated] = concurrent.futures.Future()
         inner: concurrent.futures.Future = concurrent.futures.Future()
         inner.add_done_callback(lambda done: _finish(done, outer, keep))
@@ -149,7 +159,9 @@ class Engine:
             try:
                 for request_id, body, params, future in incoming:
                     self._add(request_id, body, params, future)
-                for output in self.engine.step():
+                with _STEP:
+                    outputs = self.engine.step()
+                for output in outputs:
                     if output.finished:
                         self._waiting.pop(output.request_id).set_result(output)
             except Exception as error:  # the engine is gone: everybody who waits must hear of it

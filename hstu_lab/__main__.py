@@ -1,0 +1,256 @@
+"""The command line: python -m hstu_lab recommend | benchmark | doctor | train | export."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+
+DEFAULT_USERS = {"batch": None, "benchmark": 64, "comprehensive": 32}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status. Errors that a user can mend are one line on stderr and status 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        if not _is_ours(error) and not isinstance(error, OSError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _is_ours(error: Exception) -> bool:
+    """The package's own errors carry a remedy; anything else is a defect and keeps its traceback."""
+    return type(error).__module__.startswith("hstu_lab")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m hstu_lab", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config", metavar="FILE", help="settings as TOML (default: hstu_lab.toml, where there is one)")
+    common.add_argument("--log-level", choices=("DEBUG", "INFO", "WARNING", "ERROR"), type=str.upper)
+    common.add_argument("--log-file", metavar="FILE", help="write the log here as well as to stderr")
+    common.add_argument("--json", action="store_true", help="print JSON on stdout, nothing else")
+
+    serving = argparse.ArgumentParser(add_help=False)
+    serving.add_argument("--events", metavar="FILE", help="JSONL, Parquet, or MovieLens-1M folder or zip (default: the sample)")
+    serving.add_argument("--checkpoint", metavar="FOLDER", help="default: the newest one trained on the items of --events")
+    serving.add_argument("--user", metavar="ID", help="default: the first user of the events")
+    serving.add_argument("--users", type=_positive, metavar="N", help="how many users (modes batch, benchmark, comprehensive)")
+    serving.add_argument("--task", choices=("topk", "slate"))
+    serving.add_argument("--strategy", choices=("auto", "eager", "onnx", "vllm", "tensorrt", "unified"))
+    serving.add_argument("--ops", choices=("reference", "triton"), help="operators of the PyTorch and vLLM stages")
+    serving.add_argument("--batch-size", type=_positive, metavar="N")
+    serving.add_argument("--reject-file", metavar="FILE", help="where bad rows go (mode batch: beside the events)")
+
+    modes = ("single", "batch", "benchmark", "comprehensive")
+    recommend = commands.add_parser("recommend", parents=[common, serving], help="ten items for a user, or for all of them")
+    recommend.add_argument("--mode", choices=modes, default="single")
+    recommend.set_defaults(run=_recommend)
+    benchmark = commands.add_parser("benchmark", parents=[common, serving], help="latency and throughput, with agreement")
+    benchmark.add_argument("--mode", choices=modes, default="benchmark")
+    benchmark.set_defaults(run=_recommend)
+
+    doctor = commands.add_parser("doctor", parents=[common], help="what this machine can run")
+    doctor.add_argument("--deep", action="store_true", help="import every engine instead of only looking for it")
+    doctor.set_defaults(run=_doctor)
+
+    train = commands.add_parser("train", parents=[common], help="train a checkpoint")
+    train.add_argument("--events", default="synthetic", metavar="FILE", help="as for recommend, or `synthetic` (default)")
+    train.add_argument("--preset", default="small", help="tiny, small (default), ml-1m, ml-1m-large or gr-3b")
+    train.add_argument("--minutes", type=float, help="stop after so many minutes (default: 5, where --steps is not given)")
+    train.add_argument("--steps", type=_positive, help="stop after so many steps")
+    train.add_argument("--out", metavar="FOLDER", help="default: data/checkpoints/local/PRESET")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--resume", action="store_true", help="go on where the training in --out stopped")
+    train.add_argument("--reject-file", metavar="FILE")
+    train.set_defaults(run=_train)
+
+    export = commands.add_parser("export", parents=[common], help="write a checkpoint's three ONNX models")
+    export.add_argument("--checkpoint", metavar="FOLDER", help="default: the shipped one")
+    export.add_argument("--out", metavar="FOLDER", help="default: the cache that strategy onnx reads")
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _settings(options: argparse.Namespace):
+    from hstu_lab.settings import configure_logging, load_settings
+
+    names = ("events", "checkpoint", "task", "strategy", "ops", "batch_size", "log_level", "log_file")
+    settings = load_settings(options.config, **{name: getattr(options, name, None) for name in names})
+    configure_logging(settings.log_level, settings.log_file)
+    return settings
+
+
+# ---- recommend and benchmark
+
+
+def _recommend(options: argparse.Namespace) -> int:
+    settings = _settings(options)
+    from hstu_lab.pipeline import Recommender, StrategyUnavailable, missing
+
+    if settings.strategy != "auto" and (why := missing(settings.strategy)):
+        raise StrategyUnavailable(f"strategy {settings.strategy} {why}")
+    log, checkpoint = _log_and_checkpoint(settings, options)
+    with Recommender(checkpoint, settings=settings) as recommender:
+        if options.mode == "single":
+            index = log.index(options.user) if options.user is not None else 0
+            answer = recommender.recommend(log.history(index))
+            print(json.dumps(answer.to_dict()) if options.json else answer)
+            return 0
+        count = options.users or DEFAULT_USERS[options.mode] or len(log)
+        histories = [log.history(i) for i in range(min(count, len(log)))]
+        if options.user is not None:
+            histories = [log.history(log.index(options.user))]
+        if options.mode == "batch":
+            return _batch(recommender, histories, options)
+        return _measure(recommender, histories, settings, options)
+
+
+def _log_and_checkpoint(settings, options: argparse.Namespace):
+    """The event log, read in the catalog of the checkpoint that will answer."""
+    from hstu_lab import events
+    from hstu_lab.model import CheckpointError, load_config
+    from hstu_lab.pipeline import SAMPLE, SHIPPED_CHECKPOINT, find_checkpoint
+
+    path = settings.events or SAMPLE
+    try:
+        checkpoint = settings.checkpoint or (find_checkpoint(path) if settings.events else SHIPPED_CHECKPOINT)
+        load_config(checkpoint)
+    except CheckpointError:
+        events.read_events(path)  # where the events are broken too, that comes first
+        raise
+    catalog = events.Catalog.load(pathlib.Path(checkpoint) / "catalog.json")
+    return _read(path, catalog, options), checkpoint
+
+
+def _read(path, catalog, options: argparse.Namespace):
+    from hstu_lab import events
+
+    rejects = options.reject_file
+    if rejects is None and getattr(options, "mode", None) == "batch":
+        rejects = f"{path}.rejected.jsonl"
+    log = events.read_events(path, catalog, reject_file=rejects, progress=not options.json and sys.stderr.isatty())
+    if log.report.rejected or log.report.repaired:
+        print(log.report, file=sys.stderr)
+    return log
+
+
+def _batch(recommender, histories, options: argparse.Namespace) -> int:
+    """One JSON line a user; a user that cannot be served is reported on stderr and the others are."""
+    from hstu_lab.pipeline import RequestError
+
+    good, failed = [], 0
+    for history in histories:
+        try:
+            recommender.prepare([history])
+        except RequestError as error:
+            failed += 1
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            good.append(history)
+    answers = recommender.recommend_batch(good) if good else []
+    for answer in answers:
+        if options.json:
+            print(json.dumps(answer.to_dict()))
+        else:
+            print(f"{answer.user}: " + ", ".join(item.title for item in answer.items))
+    print(f"{len(answers)} users served, {failed} not", file=sys.stderr)
+    if not options.json and answers:
+        print("\n" + recommender.telemetry.table())
+    return 0 if answers else 2
+
+
+def _measure(recommender, histories, settings, options: argparse.Namespace) -> int:
+    from hstu_lab.benchmark import comprehensive, run_strategy, table
+    from hstu_lab.benchmark import row as to_row
+
+    tasks = (options.task,) if options.task else ("topk", "slate")
+    progress = not options.json
+    if options.mode == "benchmark":
+        rows = []
+        for task in tasks:
+            strategy = settings.strategy
+            if strategy == "auto":
+                strategy, _ = recommender.choose(task, len(histories))
+            rows.append(to_row(run_strategy(recommender, histories, task, strategy, progress=progress)))
+        print(json.dumps(rows) if options.json else table(rows))
+        return 0
+    results, record, written = comprehensive(recommender, histories, tasks=tasks, progress=progress)
+    if options.json:
+        print(json.dumps(record.data["rows"]))
+        return 0
+    print(table(record.data["rows"]))
+    print(f"\nmeasured here: {record.note}; {record.label.removeprefix('recorded on ')}")
+    for path in written:
+        print(f"wrote {path}")
+    return 0
+
+
+# ---- the other commands
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from hstu_lab.environment import doctor
+
+    report = doctor(deep=options.deep)
+    print(json.dumps(report.as_dict(), indent=1) if options.json else report)
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    _settings(options)
+    from hstu_lab import events, training
+    from hstu_lab.config import preset
+    from hstu_lab.pipeline import CHECKPOINTS
+
+    config = preset(options.preset)
+    if options.events == "synthetic":
+        log = events.World(config, seed=options.seed).generate(config.num_users - 1, seed=options.seed)
+    else:
+        log = _read(options.events, None, options)
+    out = pathlib.Path(options.out) if options.out else CHECKPOINTS / "local" / options.preset
+    minutes = options.minutes if options.minutes or options.steps else 5.0
+    result = training.train(
+        training.fit_config(config, log), log, out, minutes=minutes, steps=options.steps, seed=options.seed,
+        resume=options.resume, progress=not options.json,
+    )  # fmt: skip
+    print(json.dumps(result.to_dict()) if options.json else result)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    _settings(options)
+    from hstu_lab import onnx_export
+    from hstu_lab.model import load_checkpoint
+    from hstu_lab.pipeline import SHIPPED_CHECKPOINT
+
+    checkpoint = pathlib.Path(options.checkpoint or SHIPPED_CHECKPOINT)
+    if options.out:
+        folder = onnx_export.export(load_checkpoint(checkpoint), pathlib.Path(options.out))
+    else:
+        folder = onnx_export.export_cached(checkpoint)
+    files = sorted(str(path) for path in pathlib.Path(folder).glob("*.onnx"))
+    print(json.dumps(files) if options.json else "\n".join(files))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

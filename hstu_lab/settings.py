@@ -1,0 +1,98 @@
+"""Every knob of a run in one typed place: a TOML file, then HSTU_LAB_* environment variables, then command-line flags."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+import sys
+import tomllib
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from hstu_lab.config import ConfigError
+
+TASK_NAMES = ("topk", "slate")
+STRATEGIES = ("eager", "onnx", "vllm", "tensorrt", "unified")
+FILE_NAME = "hstu_lab.toml"
+
+
+class Settings(BaseSettings):
+    """Later sources win: defaults, `hstu_lab.toml` in the working folder (or `--config FILE`), environment, flags."""
+
+    model_config = SettingsConfigDict(env_prefix="HSTU_LAB_", extra="forbid", toml_file=FILE_NAME)
+
+    checkpoint: pathlib.Path | None = None
+    """Checkpoint folder; None picks one that was trained on the world that the events come from."""
+    events: pathlib.Path | None = None
+    """Event file or MovieLens folder; None takes the sample log."""
+    task: Literal["topk", "slate"] = "topk"
+    strategy: Literal["auto", "eager", "onnx", "vllm", "tensorrt", "unified"] = "auto"
+    ops: Literal["reference", "triton"] = "reference"
+    """Operators of the PyTorch and vLLM stages."""
+    batch_size: int = Field(64, ge=1, le=4096)
+    """Most requests that one engine call answers together."""
+    num_items: int = Field(10, ge=1, le=1000)
+    """Items in an answer of task topk; a slate has as many as the model was built for."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of PyTorch and ONNX Runtime; None leaves their defaults."""
+    kv_cache_mb: int = Field(256, ge=1)
+    """Memory of vLLM's paged cache, MiB."""
+    block_size: int = Field(16, ge=1)
+    """Tokens in a block of vLLM's cache."""
+    max_num_seqs: int = Field(64, ge=1)
+    max_num_batched_tokens: int = Field(2048, ge=16)
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"
+    log_file: pathlib.Path | None = None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def load_settings(config_file: str | pathlib.Path | None = None, **flags) -> Settings:
+    """Settings with the flags that are not None on top. Raises ConfigError naming the field, its source and the remedy."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    path = pathlib.Path(config_file or FILE_NAME)
+    if config_file is not None and not path.is_file():
+        raise ConfigError(f"{path}: no such settings file; leave out --config or give one that exists")
+
+    class FromFile(Settings):
+        model_config = SettingsConfigDict(toml_file=path)
+
+    try:
+        return FromFile(**given)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not TOML ({error}); see `python -m hstu_lab recommend --help` for the fields") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        known = "" if field in Settings.model_fields else f"; known fields: {', '.join(Settings.model_fields)}"
+        source = "flag" if field in given else f"environment or {path}"
+        raise ConfigError(f"setting {field} ({source}) is {first['input']!r}: {first['msg']}{known}") from error
+
+
+def configure_logging(level: str, file: str | pathlib.Path | None) -> None:
+    """Send the package's log to stderr, and to `file` as well where one is given. Raises ConfigError if it cannot be written."""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if file is not None:
+        try:
+            handlers.append(logging.FileHandler(file))
+        except OSError as error:
+            raise ConfigError(f"--log-file {file}: {error.strerror}; give a file in a folder that exists") from error
+    root = logging.getLogger("hstu_lab")
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    root.propagate = False
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
