@@ -162,7 +162,6 @@ class _Strategy:
 
     def __init__(self):
         self.total = Histogram()
-        self.cost = Histogram()
         self.stages: dict[str, Histogram] = {}
         self.start, self.end = math.inf, -math.inf
 
@@ -184,7 +183,6 @@ class Telemetry:
             entry.start, entry.end = min(entry.start, now - total / 1e3), max(entry.end, now)
             histograms = [(entry.stages.setdefault(name, Histogram()), ms) for name, ms in stages.items()]
         entry.total.add(total, requests)
-        entry.cost.add(total / requests, requests)
         for histogram, milliseconds in histograms:
             histogram.add(milliseconds, requests)
 
@@ -199,11 +197,6 @@ class Telemetry:
         if entry is None or entry.end <= entry.start:
             return math.nan
         return entry.total.count / (entry.end - entry.start)
-
-    def per_request_ms(self, strategy: str) -> float | None:
-        """Median milliseconds that a request costs: its call's latency over the users of that call. None where it has none."""
-        entry = self._strategies.get(strategy)
-        return entry.cost.percentile(50) if entry else None
 
     def summary(self) -> dict:
         """{"strategies": {name: {"total": histogram, "stages": {stage: histogram}, "throughput": 1/s}}, "counters": {...}}.

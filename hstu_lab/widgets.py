@@ -6,6 +6,7 @@ Milliseconds everywhere. A stage has the same colour in every figure (Okabe and 
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
 import ipywidgets
@@ -75,12 +76,17 @@ def _waterfall(axes, stages: Mapping[str, float], title: str) -> None:
     axes.set(xlabel="ms", title=title, xlim=(0, (total or 1) * 1.22))
 
 
-def strategy_waterfall(rows: Mapping[str, Mapping[str, float]], title: str = "Stages of every strategy") -> Figure:
-    """One stacked bar a strategy: rows is {strategy: {stage: ms}}; the total stands at the end of each bar."""
+def strategy_waterfall(
+    rows: Mapping[str, Mapping[str, float]], title: str = "Stages of every strategy", source: str = ""
+) -> Figure:
+    """One stacked bar a strategy: rows is {strategy: {stage: ms}}; the total stands at the end of each bar.
+
+    source: where the numbers come from (`Record.label`), in small print below.
+    """
     stages = list(dict.fromkeys(stage for row in rows.values() for stage in row))
     colours = stage_colours(stages)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(7.5, 1.3 + 0.42 * len(rows))
+        figure = Figure(7.5, (1.6 if source else 1.3) + 0.42 * len(rows))
         axes = figure.subplots()
         starts = dict.fromkeys(rows, 0.0)
         for stage in stages:
@@ -92,7 +98,10 @@ def strategy_waterfall(rows: Mapping[str, Mapping[str, float]], title: str = "St
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set(xlabel="ms", title=title, xlim=(0, max(starts.values(), default=0) * 1.15 or 1))
-        figure.legend(loc="outside lower center", ncols=max(len(stages), 1), frameon=False)
+        if stages:
+            figure.legend(loc="outside upper right", ncols=len(stages), frameon=False, fontsize=9)
+        if source:
+            figure.supxlabel(textwrap.fill(source, 125), fontsize=7, color="#666666", x=0.01, ha="left")
     return figure
 
 

@@ -167,8 +167,6 @@ def test_telemetry_adds_up_requests_throughput_and_counters():
     assert vllm["total"]["count"] == 8
     assert vllm["throughput"] == pytest.approx(8 / 2.0)
     assert vllm["total"]["p99"] == pytest.approx(2000.0, rel=0.01)
-    assert telemetry.per_request_ms("vllm") == pytest.approx(250.0, rel=0.01)
-    assert telemetry.per_request_ms("onnx") is None
     assert math.isnan(telemetry.throughput("onnx"))
 
     table = telemetry.table().splitlines()

@@ -1,0 +1,138 @@
+"""Figures draw the numbers they are given, and moving a control runs a real recommendation and redraws."""
+
+import json
+import types
+
+import ipywidgets
+import numpy as np
+import pytest
+import torch
+
+from hstu_lab import events, widgets
+from hstu_lab.config import preset
+from hstu_lab.model import HSTU, save_checkpoint
+from hstu_lab.pipeline import STAGES, Recommender
+
+STAGE_TIMES = {"tokens": 0.25, "encoder": 0.5, "stack": 3.0, "ranking": 1.25}
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def bars(axes):
+    return [(round(p.get_x(), 9), round(p.get_width(), 9)) for p in axes.patches]
+
+
+def said(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+def test_a_waterfall_starts_each_bar_where_the_last_one_ended():
+    axes = widgets.stage_waterfall(STAGE_TIMES, "t").axes[0]
+    assert bars(axes) == [(0, 0.25), (0.25, 0.5), (0.75, 3.0), (3.75, 1.25), (0, 5.0)]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [*STAGE_TIMES, "total"]
+    assert said(axes) == ["0.25 ms (5%)", "0.50 ms (10%)", "3.00 ms (60%)", "1.25 ms (25%)", "5.00 ms"]
+    assert axes.get_title(loc="left") == "t"
+
+
+def test_strategies_stack_their_stages_and_show_their_totals():
+    rows = {"eager": STAGE_TIMES, "vllm": {"tokens": 0.25, "stack": 1.0}}
+    axes = widgets.strategy_waterfall(rows, source="recorded somewhere").axes[0]
+    # Stage by stage, both strategies: a stage that a strategy lacks has no width.
+    assert bars(axes) == [(0, 0.25), (0, 0.25), (0.25, 0.5), (0.25, 0), (0.75, 3.0), (0.25, 1.0), (3.75, 1.25), (1.25, 0)]
+    assert said(axes) == ["5.00 ms", "1.25 ms"]
+    assert "recorded somewhere" in [t.get_text() for t in axes.figure.texts]
+
+
+def test_lengths_are_drawn_in_order_with_the_current_one_beside():
+    rows = {40: STAGE_TIMES, 5: {"tokens": 0.1, "stack": 0.2}}
+    waterfall, columns = widgets.latency_by_length(rows, 5).axes
+    assert said(waterfall)[-1] == "0.30 ms"
+    assert [label.get_text() for label in columns.get_xticklabels()] == ["5", "40"]
+    tops = [max(p.get_y() + p.get_height() for p in columns.patches if p.get_x() // 1 == x) for x in (-1, 0)]
+    assert tops == pytest.approx([0.3, 5.0])
+    assert len(widgets.latency_by_length(rows).axes) == 1
+
+
+def test_a_stage_keeps_its_colour_in_every_figure():
+    assert set(STAGES) == set(widgets.STAGE_COLOURS)
+    colours = widgets.stage_colours(["tokens", "fetch", "stack", "post"])
+    assert colours["stack"] == widgets.STAGE_COLOURS["stack"]
+    assert len(set(colours.values())) == 4
+
+
+@pytest.mark.parametrize("stages", [{}, {"stack": 0.0}, STAGE_TIMES])
+def test_figures_are_png_and_the_same_every_time(stages):
+    figures = [lambda: widgets.stage_waterfall(stages), lambda: widgets.strategy_waterfall({"eager": stages})]
+    for figure in figures:
+        assert figure()._repr_png_().startswith(PNG)
+        assert figure().png() == figure().png()
+
+
+def test_an_explorer_redraws_on_change_and_shows_what_went_wrong():
+    def draw(length):
+        if length == 13:
+            raise RuntimeError("engine died")
+        return f"length {length}", widgets.stage_waterfall({"stack": float(length)})
+
+    slider = ipywidgets.IntSlider(value=3, min=1, max=20)
+    explorer = widgets.Explorer("demo", draw, length=slider)
+    assert explorer.label.value == "length 3"
+    before = bytes(explorer.image.value)
+    assert before.startswith(PNG)
+    slider.value = 4
+    assert explorer.label.value == "length 4"
+    assert bytes(explorer.image.value) != before
+    slider.value = 13
+    assert explorer.label.value == "RuntimeError: engine died"
+    slider.value = 4
+    assert explorer.label.value == "length 4"
+    assert "demo-length" in slider._dom_classes
+    assert "demo-label" in explorer.label._dom_classes
+    assert "demo-image" in explorer.image._dom_classes
+
+    slider.value = 13
+    with pytest.raises(RuntimeError, match="engine died"):
+        widgets.Explorer("demo", draw, length=slider)
+
+
+@pytest.fixture(scope="module")
+def recommender(tmp_path_factory):
+    config, folder = preset("tiny"), tmp_path_factory.mktemp("checkpoint")
+    world = events.World(config, seed=3)
+    log = world.generate(4, seed=3)
+    torch.manual_seed(0)
+    model = HSTU(config)
+    model.tables.item_features[:] = torch.as_tensor(np.asarray(world.catalog.item_features(config)))
+    save_checkpoint(model, folder)
+    world.catalog.save(folder / "catalog.json")
+    (folder / "users.json").write_text(json.dumps(log.users))
+    with Recommender(folder, strategy="eager") as made:
+        yield types.SimpleNamespace(made=made, histories=[log.history(i) for i in range(len(log))])
+
+
+def test_moving_the_slider_runs_a_real_recommendation(recommender):
+    made, histories = recommender.made, recommender.histories
+    explorer = widgets.latency_explorer(made, histories)
+    slider, users = explorer.controls["length"], explorer.controls["user"]
+    longest = min(*map(len, histories), made.config.max_history)
+    assert slider.max == longest
+    answered = made.telemetry.summary()["strategies"]["eager"]["total"]["count"]
+    before = bytes(explorer.image.value)
+    slider.value = slider.min
+    assert made.telemetry.summary()["strategies"]["eager"]["total"]["count"] > answered
+    assert explorer.label.value.startswith(f"{slider.min} events of {histories[0].user}: ")
+    assert float(explorer.label.value.split(": ")[1].split(" ms")[0]) > 0
+    assert bytes(explorer.image.value) != before
+    users.value = histories[1].user
+    assert f" of {histories[1].user}: " in explorer.label.value
+
+
+def test_lengths_are_timed_on_the_latest_events(recommender, monkeypatch):
+    made, history = recommender.made, recommender.histories[0]
+    asked = []
+    real = made.recommend
+    monkeypatch.setattr(made, "recommend", lambda part: asked.append(part) or real(part))
+    rows = widgets.time_lengths(made, history, [1, 5], repeats=3)
+    assert set(rows) == {1, 5}
+    assert set(rows[5]) == set(STAGES)
+    assert [len(part) for part in asked] == [1, 1, 1, 5, 5, 5]
+    assert (asked[-1].items == history.items[-5:]).all()
