@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import gzip
 import json
 import os
 import pathlib
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -25,20 +22,17 @@ class EventsError(ValueError):
 
 
 @contextlib.contextmanager
-def clear_errors(path: str | os.PathLike, remedy: str) -> Iterator[None]:
-    """Turn whatever a damaged file makes the libraries raise into one EventsError."""
-    import pyarrow as pa
-
-    damaged = (gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, EOFError, pa.ArrowException, NotImplementedError, RuntimeError)
+def clear_errors(path: str | os.PathLike, remedy: str, verb: str = "read") -> Iterator[None]:
+    """Turn whatever a damaged or unwritable file makes the libraries inside raise into one EventsError."""
     try:
         yield
     except EventsError:
         raise
     except FileNotFoundError as error:
         raise EventsError(f"{path}: no such file: check the path") from error
-    except (*damaged, OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
+    except Exception as error:  # gzip, zlib, zipfile, json and pyarrow raise some twenty kinds on damaged bytes
         said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise EventsError(f"{path}: cannot be read or written ({said}): {remedy}") from error
+        raise EventsError(f"{path}: cannot be {verb} ({said}): {remedy}") from error
 
 
 @dataclasses.dataclass
@@ -111,10 +105,10 @@ class Catalog:
         table = np.zeros((len(config.side_features), config.num_items), dtype=np.int64)
         for target, (name, rows) in zip(table, config.side_features):
             values = self.features.get(name, np.zeros(1, dtype=np.int64))
-            if values.max() >= rows:
+            if values.min() < 0 or values.max() >= rows:
                 raise EventsError(
-                    f"catalog {self.name!r}: feature {name!r} goes up to {values.max():,}, preset {config.preset!r} has "
-                    f"{rows:,} rows: raise that side feature's rows"
+                    f"catalog {self.name!r}: feature {name!r} runs from {values.min():,} to {values.max():,}, preset "
+                    f"{config.preset!r} has rows 0 to {rows - 1:,}: raise that side feature's rows"
                 )
             target[: len(values)] = values
         return table
@@ -123,22 +117,28 @@ class Catalog:
         """Write the catalog as JSON."""
         features = {name: values.tolist() for name, values in self.features.items()}
         fields = {"schema_version": CATALOG_VERSION, "name": self.name, "ids": self.ids, "titles": self.titles}
-        pathlib.Path(path).write_text(json.dumps({**fields, "features": features}, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps({**fields, "features": features}, ensure_ascii=False)
+        with clear_errors(path, "give a path that can be written", "written"):
+            pathlib.Path(path).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Catalog:
         """Read what `save` wrote. Raises EventsError naming the file and the field."""
-        with clear_errors(path, "restore it or write it again"):
+        remedy = "restore it, or train again"
+        with clear_errors(path, remedy):
             fields = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
             version = fields.get("schema_version") if isinstance(fields, dict) else None
             if version != CATALOG_VERSION:
-                raise EventsError(f"{path}: schema_version is {version!r}, this release reads {CATALOG_VERSION}: write it again")
-            features = {name: np.array(values, dtype=np.int64) for name, values in fields["features"].items()}
-            catalog = cls(fields["name"], fields["ids"], fields["titles"], features)
-            for field, values in (("titles", catalog.titles), *features.items()):
-                if len(values) != len(catalog.ids):
-                    raise EventsError(f"{path}: {field} has {len(values)} values for {len(catalog.ids)} ids: write it again")
-            return catalog
+                raise EventsError(f"{path}: schema_version is {version!r}, this release reads {CATALOG_VERSION}: {remedy}")
+            name, ids, titles, features = (fields[field] for field in ("name", "ids", "titles", "features"))
+            features = {name: np.array(values, dtype=np.int64) for name, values in features.items()}
+            for field, values in (("ids", ids), ("titles", titles)):
+                if type(values) is not list or not all(value is None or type(value) is str for value in values):
+                    raise EventsError(f"{path}: {field} is not a list of texts and nulls: {remedy}")
+            for field, values in (("titles", titles), *features.items()):
+                if len(values) != len(ids):
+                    raise EventsError(f"{path}: {field} has {len(values)} values for {len(ids)} ids: {remedy}")
+            return cls(name, ids, titles, features)
 
 
 # ---- events in memory

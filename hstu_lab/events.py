@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hstu_lab.config import ACTIONS
+from hstu_lab.config import ACTIONS, preset
 from hstu_lab.event_log import Catalog, EventLog, EventsError, History, Report, clear_errors
 from hstu_lab.synthetic import World
 
@@ -46,6 +46,7 @@ __all__ = [
     "task_labels",
     "to_jagged",
     "write_events",
+    "write_sample",
 ]
 
 CLOCK_SKEW = 300
@@ -119,7 +120,9 @@ def read_events(
     if on_bad not in ("reject", "raise"):
         raise ValueError(f"on_bad is {on_bad!r}: use 'reject' or 'raise'")
     path = pathlib.Path(path)
-    latest = (time.time() if now is None else now) + CLOCK_SKEW
+    if not path.exists():
+        raise EventsError(f"{path}: no such file: check the path")
+    latest = min((time.time() if now is None else now) + CLOCK_SKEW, 2.0**53)
     rejects = _Rejects(path, reject_file, on_bad)
     if path.is_dir() or path.suffix == ".zip":
         return _read_movielens(path, catalog, rejects, latest, seed)
@@ -154,17 +157,19 @@ class _Rejects:
             raise EventsError(f"{path}: the reject file is the file itself: give another name")
         self.rows: list[tuple[int, str, str, str]] = []
 
-    def add(self, row: int, field: str, reason: str, text: str | bytes) -> None:
+    def add(self, row: int, field: str, reason: str, source: bytes | dict) -> None:
+        """Reject a row; `source` is its line, or its fields where the file has no lines."""
         if self.stop:
             raise EventsError(f"{self.path}: row {row:,}, field {field!r}: {reason}; {REMEDIES[reason]}")
-        self.rows.append((row, field, reason, text if isinstance(text, str) else text.decode("utf-8", "backslashreplace")))
+        text = source.decode("utf-8", "backslashreplace") if type(source) is bytes else json.dumps(source, default=str)
+        self.rows.append((row, field, reason, text))
 
     def report(self, kept: int) -> Report:
         """Write the reject file and sum up. Raises EventsError where nothing was kept."""
         reject_file = None
         if self.rows and self.file is not None:
             self.rows.sort()
-            with clear_errors(self.file, "give a reject file that can be written"):
+            with clear_errors(self.file, "give another reject file", "written"):
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 with open(self.file, "w", encoding="utf-8") as file:
                     for row, field, reason, text in self.rows:
@@ -202,8 +207,8 @@ def _jsonl_rows(path: pathlib.Path, rejects: _Rejects) -> Iterator[tuple[int, An
             yield number, row, line
 
 
-def _parquet_rows(path: pathlib.Path, rejects: _Rejects) -> Iterator[tuple[int, dict, str]]:
-    """(row number, row, its JSON) of every row; a context may be a JSON string."""
+def _parquet_rows(path: pathlib.Path, rejects: _Rejects) -> Iterator[tuple[int, dict, dict]]:
+    """(row number, row, row) of every row; a context may be a JSON string."""
     import pyarrow.parquet as pq
 
     number = 0
@@ -215,15 +220,14 @@ def _parquet_rows(path: pathlib.Path, rejects: _Rejects) -> Iterator[tuple[int, 
         for batch in file.iter_batches(columns=[field for field in COLUMNS if field in names]):
             for row in batch.to_pylist():
                 number += 1
-                text = json.dumps(row, default=str)
                 context = row.get("context")
                 if isinstance(context, str):
                     try:
                         row["context"] = json.loads(context)
                     except (ValueError, RecursionError):
-                        rejects.add(number, "context", "unreadable JSON", text)
+                        rejects.add(number, "context", "unreadable JSON", row)
                         continue
-                yield number, row, text
+                yield number, row, row
 
 
 def _check_row(row: Any, known: dict[str, int] | None, latest: float) -> tuple:
@@ -371,7 +375,7 @@ def write_events(log: EventLog, path: str | os.PathLike) -> None:
     context = [None] * len(user) if log.context is None else log.context.tolist()
     columns = (user, session, item, action, log.timestamps.tolist(), dwell, context)
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        with clear_errors(path, "give a path that can be written"), open(path, "wb") as raw:
+        with clear_errors(path, "give another path", "written"), open(path, "wb") as raw:
             # mtime 0: the same log gives the same bytes.
             file = gzip.GzipFile("", "wb", 9, raw, mtime=0) if path.suffix == ".gz" else raw
             for row in zip(*columns):
@@ -386,56 +390,60 @@ def write_events(log: EventLog, path: str | os.PathLike) -> None:
         texts = [None if value is None else json.dumps(value) for value in context]
         types = (*[pa.string()] * 4, pa.int64(), pa.float64(), pa.string())
         arrays = [pa.array(values, type) for values, type in zip((*columns[:-1], texts), types)]
-        with clear_errors(path, "give a path that can be written"):
+        with clear_errors(path, "give another path", "written"):
             pq.write_table(pa.table(dict(zip(COLUMNS, arrays))), path, compression="zstd", write_page_checksum=True)
     else:
         raise EventsError(f"{path}: of unknown kind: use .jsonl, .jsonl.gz or .parquet")
 
 
+def write_sample(path: str | os.PathLike, preset_name: str = "small", num_users: int = 100) -> EventLog:
+    """Write and return the first users of the log that checkpoints of the synthetic world are trained on by default."""
+    log = World(preset(preset_name)).generate()
+    sample = log.select(range(min(num_users, len(log))))
+    write_events(sample, path)
+    return sample
+
+
 # ---- MovieLens-1M
-
-
-def _read_movielens(path: pathlib.Path, catalog: Catalog | None, rejects: _Rejects, latest: float, seed: int) -> EventLog:
-    files = _movielens_files(path)
-    films = movielens_catalog(path, files)
-    catalog = films if catalog is None else catalog
-    lines = files["ratings.dat"].splitlines()
-    good = [line for line in lines if _RATING(line)]
-    numbers = np.arange(1, len(lines) + 1)
-    if len(good) < len(lines):
-        matches = np.array([_RATING(line) is not None for line in lines], dtype=bool)
-        for row in numbers[~matches]:
-            if lines[row - 1].strip():
-                rejects.add(int(row), "row", "not UserID::MovieID::Rating::Timestamp", lines[row - 1])
-        numbers = numbers[matches]
-    values = np.array(b"::".join(good).split(b"::") if good else [], dtype="S18").astype(np.int64).reshape(-1, 4)
-    user, film, rating, timestamp = values.T
-
-    known_users = np.array([line.split(b"::", 1)[0] for line in files["users.dat"].splitlines()], dtype="S18").astype(np.int64)
-    ids, codes = np.unique(film, return_inverse=True)
-    rows = np.array([catalog.row(str(id)) for id in ids.tolist()], dtype=np.int64)[codes]
-    checks = (
-        ("user", "unknown user", ~np.isin(user, known_users)),
-        ("item", "unknown item", rows == 0),
-        ("action", "not a rating from 1 to 5", (rating < 1) | (rating > 5)),
-        ("timestamp", "in the future", timestamp > latest),
-    )
-    fine = np.ones(len(values), dtype=bool)
-    for field, reason, bad in checks:
-        for event in np.flatnonzero(bad & fine):
-            rejects.add(int(numbers[event]), field, reason, good[event])
-        fine &= ~bad
-    report = rejects.report(int(fine.sum()))
-    user, rows, rating, timestamp = user[fine], rows[fine], rating[fine], timestamp[fine]
-    ids, codes = np.unique(user, return_inverse=True)
-    actions = np.array([0, *(_ACTION_IDS[RATING_ACTIONS[r]] for r in range(1, 6))])[rating]
-    users = [str(id) for id in ids.tolist()]
-    dwell, session = np.full(len(user), np.nan, dtype=np.float32), np.full(len(user), -1)
-    return _sort(catalog, users, codes, rows, actions, timestamp, dwell, session, None, report, seed)
 
 
 _RATING = re.compile(rb"[0-9]{1,18}::[0-9]{1,18}::[0-9]{1,18}::[0-9]{1,18}").fullmatch
 _FILM = re.compile(rb"([0-9]{1,7})::(.*)::([^:]*)").fullmatch
+
+
+def _read_movielens(path: pathlib.Path, catalog: Catalog | None, rejects: _Rejects, latest: float, seed: int) -> EventLog:
+    files = _movielens_files(path)
+    catalog = movielens_catalog(path, files) if catalog is None else catalog
+    lines = files["ratings.dat"].splitlines()
+    numbers = np.array([number for number, line in enumerate(lines) if _RATING(line)], dtype=np.int64)
+    if len(numbers) < len(lines):
+        for number, line in enumerate(lines):
+            if line.strip() and not _RATING(line):
+                rejects.add(number + 1, "row", "not UserID::MovieID::Rating::Timestamp", line)
+        lines = [lines[number] for number in numbers]
+    values = np.fromstring(b"\n".join(lines).replace(b"::", b" ") or b" ", dtype=np.int64, sep=" ").reshape(-1, 4)
+
+    ids, codes = np.unique(values[:, 1], return_inverse=True)
+    items = np.array([catalog.row(str(id)) for id in ids.tolist()], dtype=np.int64)[codes]
+    users = np.array(re.findall(rb"^[0-9]{1,18}(?=::)", files["users.dat"], re.MULTILINE), dtype="S18").astype(np.int64)
+    checks = (
+        ("user", "unknown user", ~np.isin(values[:, 0], users)),
+        ("item", "unknown item", items == 0),
+        ("action", "not a rating from 1 to 5", (values[:, 2] < 1) | (values[:, 2] > 5)),
+        ("timestamp", "in the future", values[:, 3] > latest),
+    )
+    broken = np.stack([bad for _, _, bad in checks])
+    good = ~broken.any(0)
+    for event in np.flatnonzero(~good):
+        field, reason, _ = checks[broken[:, event].argmax()]
+        rejects.add(int(numbers[event]) + 1, field, reason, lines[event])
+    report = rejects.report(int(good.sum()))
+    values, items = values[good], items[good]
+    ids, user = np.unique(values[:, 0], return_inverse=True)
+    users = [str(id) for id in ids.tolist()]
+    actions = np.array([0, *(_ACTION_IDS[RATING_ACTIONS[rating]] for rating in range(1, 6))])[values[:, 2]]
+    dwell, session = np.full(len(items), np.nan, dtype=np.float32), np.full(len(items), -1)
+    return _sort(catalog, users, user, items, actions, values[:, 3], dwell, session, None, report, seed)
 
 
 def _movielens_files(path: pathlib.Path) -> dict[str, bytes]:

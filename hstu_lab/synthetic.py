@@ -22,7 +22,7 @@ from hstu_lab.event_log import Catalog, EventLog, EventsError, Report
 
 START = 1_704_067_200
 """Unix seconds of the world's first day, 2024-01-01 UTC."""
-POPULARITY = 0.8
+POPULARITY = 1.2
 """Exponent of Zipf's law over series."""
 TASTE_DIM = 8
 FOLLOWED = 6
@@ -114,7 +114,7 @@ class World:
         self.weight[0] = 0
         self.creator_taste = rng.normal(size=(num_creators, TASTE_DIM)) / TASTE_DIM**0.5
         self.quality = 0.4 * rng.normal(size=num_series)[self.series]
-        self.price = np.where(rng.random(num_series) < 0.4, 0.6, 0.05)[self.series]
+        self.price = np.where(rng.random(num_series) < 0.3, 0.5, 0.02)[self.series]
         self.seconds = np.exp(rng.normal(4.6, 0.5, size=num_series))[self.series]
         self.catalog = self._catalog(rows, rng)
 
@@ -197,8 +197,8 @@ class _Walk:
         world, rng = self.world, self.rng
         self._start_sessions(self.left == 0)
         item, match, following = self._choose(t)
-        strength = match + 0.6 * following + 0.6 * rng.normal(size=len(item))
-        action = np.searchsorted([-0.2, 0.3, 1.0, 1.6], strength)
+        strength = match + 0.5 * following + 0.7 * rng.normal(size=len(item))
+        action = np.searchsorted([-0.1, 0.3, 1.2, 1.9], strength)
         action = np.array([ACTIONS.index(name) for name in ("impression", "dwell", "click", "like", "share")])[action]
         bought = rng.random(len(item)) < world.price[item] / (1 + np.exp(-2 * (strength - 0.8)))
         action[bought] = ACTIONS.index("purchase")
@@ -217,7 +217,7 @@ class _Walk:
         rng, n = self.rng, int(starting.sum())
         if not n:
             return
-        mean = self.gap * np.exp(1.0 - 2.0 * self.pleased[starting])
+        mean = self.gap * np.exp(0.6 - 2.0 * self.pleased[starting])
         gaps = 2 * 3600 + rng.exponential(size=(n, 8)) * mean[:, None]
         hours = ((self.time[starting, None] + gaps) // 3600 % 24).astype(np.int64)
         self.time[starting] += _choose_one(np.log(HOURS)[hours], gaps, rng)
@@ -232,7 +232,7 @@ class _Walk:
         """The next item, how well it matches the user's taste, and whether it continues a series that the user follows."""
         world, rng = self.world, self.rng
         open_series = ~np.take_along_axis(self.seen, self.next_episode, 1)
-        recency = np.where(open_series, -0.12 * (t - self.touched), -np.inf)
+        recency = np.where(open_series, -0.06 * (t - self.touched), -np.inf)
         following = (rng.random(len(self.users)) < 0.45) & open_series.any(1)
         episode = _choose_one(np.where(open_series.any(1)[:, None], recency, 0), self.next_episode, rng)
 
@@ -250,7 +250,7 @@ class _Walk:
             keys = np.log(world.weight[1:]) + rng.gumbel(size=(len(stale), len(world.weight) - 1))
             item[stale] = 1 + np.where(self.seen[stale, 1:], -np.inf, keys).argmax(1)
         liking = (self.creator_taste * world.creator_taste[world.creator[item]]).sum(-1)
-        match = 0.4 * self.taste[self.users, world.category[item]] + 0.4 * liking + world.quality[item] - 0.2
+        match = 0.4 * self.taste[self.users, world.category[item]] + 0.4 * liking + world.quality[item] - 1.1
         return item, match, following
 
     def _follow(self, item: np.ndarray, t: int, pleased: np.ndarray) -> None:
