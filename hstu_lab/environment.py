@@ -159,15 +159,16 @@ def doctor(deep: bool = False) -> Doctor:
 
     deep: also import each engine in a process of its own (up to a minute in all); a failure makes its state "broken".
     """
-    machine = _machine()
-    engines = tuple(_look(probe, deep, bool(machine.gpu)) for probe in PROBES)
+    here = machine()
+    engines = tuple(_look(probe, deep, bool(here.gpu)) for probe in PROBES)
     by_name = {e.name: e for e in engines}
-    return Doctor(machine, (*engines, _nvcc(), _chromium()), tuple(_strategies(by_name, machine)))
+    return Doctor(here, (*engines, _nvcc(), _chromium()), tuple(_strategies(by_name, here)))
 
 
 def banner() -> Banner:
     """Versions, machine and available strategies in four lines: the first output of every notebook."""
-    found, machine = doctor(), _machine()
+    found = doctor()
+    machine = found.machine
     names = {e.name: f"{e.name} {e.version}" for e in found.engines if e.state == "ready"}
     numerics = [names[n] for n in ("torch", "torchrec", "triton", "vllm") if n in names]
     exchange = [names[n] for n in ("onnx", "onnxruntime", "tensorrt", "tensorrt-rtx", "nvidia-cutlass", "cute-dsl") if n in names]
@@ -193,12 +194,12 @@ def versions() -> dict[str, str]:
 
 def device_name() -> str:
     """The device that does the work: the first NVIDIA GPU's name, else the processor's, e.g. "NVIDIA H200", "AMD EPYC 7R13"."""
-    return _machine().device
+    return machine().device
 
 
 def device_slug() -> str:
     """`device_name()` as a folder name, e.g. "nvidia-h200", "amd-epyc-7r13"; records live in data/measured/<slug>/."""
-    return _machine().slug
+    return machine().slug
 
 
 def slugify(name: str) -> str:
@@ -321,7 +322,8 @@ def _pins(lock: pathlib.Path) -> dict[str, str]:
 
 
 @functools.cache
-def _machine() -> Machine:
+def machine() -> Machine:
+    """The hardware this process may use; asked once."""
     cpu = _cpu_name()
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
     gpus = [fields for line in _output(query).splitlines() if len(fields := line.split(", ")) == 3]
