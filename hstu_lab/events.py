@@ -308,7 +308,7 @@ def _to_log(catalog: Catalog, columns: Sequence[Sequence], report: Report, seed:
     """Columns in the order of `COLUMNS`, any row order -> a log: sorted, without duplicates, sessions numbered."""
     user, session, item, action, timestamp, dwell, context = columns
     users = sorted(set(user), key=natural_order)
-    names = sorted({name for name in session if name is not None})
+    names = sorted({name for name in session if name is not None}, key=natural_order)
     contexts = None
     if any(context):
         contexts = np.empty(len(user), dtype=object)

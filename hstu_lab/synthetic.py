@@ -25,6 +25,7 @@ START = 1_704_067_200
 POPULARITY = 1.2
 """Exponent of Zipf's law over series."""
 TASTE_DIM = 8
+MOST_CATEGORIES = 500
 FOLLOWED = 6
 """Series that a user follows at a time; a new one displaces the one not seen for longest."""
 PROPOSALS = 12
@@ -87,7 +88,7 @@ class World:
         rows = dict(config.side_features)
         lengths = _series_lengths(n, rng)
         num_series = len(lengths)
-        num_categories = int(np.clip(n // 8, 1, max(rows.get("category", 33) - 1, 1)))
+        num_categories = int(np.clip(min(n // 8, MOST_CATEGORIES), 1, max(rows.get("category", 33) - 1, 1)))
         num_creators = int(np.clip(num_series, 1, max(rows.get("creator", 257) - 1, 1)))
 
         home = rng.integers(num_categories, size=num_creators)
@@ -116,24 +117,28 @@ class World:
         self.quality = 0.4 * rng.normal(size=num_series)[self.series]
         self.price = np.where(rng.random(num_series) < 0.3, 0.5, 0.02)[self.series]
         self.seconds = np.exp(rng.normal(4.6, 0.5, size=num_series))[self.series]
-        self.catalog = self._catalog(rows, rng)
+        self.catalog = self._catalog(rows, home, series_creator, rng)
 
-    def _catalog(self, rows: dict[str, int], rng: np.random.Generator) -> Catalog:
-        n = len(self.series)
+    def _catalog(self, rows: dict[str, int], home: np.ndarray, series_creator: np.ndarray, rng: np.random.Generator) -> Catalog:
+        n, num_series = len(self.series), len(series_creator)
         features = {"category": self.category + 1, "creator": self.creator + 1}
         for name, count in rows.items():
             if name not in features:
-                features[name] = 1 + rng.integers(max(count - 1, 1), size=self.series.max() + 1)[self.series]
+                features[name] = 1 + rng.integers(max(count - 1, 1), size=num_series)[self.series]
         for name, values in features.items():
             values[0] = 0
             np.minimum(values, rows.get(name, n) - 1, out=values)
+
         names, moods, themes = NAMES.split(), MOODS.split(), list(THEMES.items())
+        studios = []
+        for creator, (category, nth) in enumerate(zip(home, _occurrence(home))):
+            studio = f"{names[(5 * category + nth) % len(names)]} {themes[category % len(themes)][0]}"
+            studios.append(studio if nth < len(names) and category < len(themes) else f"{studio} {creator}")
+        mood = (series_creator + _occurrence(series_creator)) % len(moods)
         titles: list[str | None] = [None]
         for creator, category, series, episode in zip(self.creator[1:], self.category[1:], self.series[1:], self.episode[1:]):
-            theme, nouns = themes[category % len(themes)]
-            studio = f"{names[creator % len(names)]} {theme}" + (f" {creator // len(names) + 1}" if creator >= len(names) else "")
-            noun = nouns.split()[series % 4].replace("-", " ")
-            titles.append(f"{studio}: {moods[series // 4 % len(moods)]} {noun} #{episode}")
+            noun = themes[category % len(themes)][1].split()[series % 4].replace("-", " ")
+            titles.append(f"{studios[creator]}: {moods[mood[series]]} {noun} #{episode}")
         name = f"synthetic-{self.config.preset}" + (f"-seed{self.seed}" if self.seed else "")
         return Catalog(name, [None, *(f"i{row}" for row in range(1, n))], titles, features)
 
@@ -186,7 +191,7 @@ class _Walk:
         self.pleased = np.full(num_users, 0.5)
         self.device = np.zeros(num_users, dtype=np.int64)
         self.focus = np.zeros(num_users, dtype=np.int64)
-        self.time = START + rng.random(num_users) * 0.2 * days * 86400
+        self.time = START + rng.integers(int(0.2 * days * 86400) + 1, size=num_users)
         # Items sorted by category, and a running sum of their weights, to draw popular ones of a category.
         self.by_category = 1 + np.argsort(world.category[1:], kind="stable")
         self.cumulative = np.concatenate([[0], np.cumsum(world.weight[self.by_category])])
@@ -208,8 +213,8 @@ class _Walk:
         self._follow(item, t, ~glanced & (strength > 0.3))
         self.seen[self.users, item] = True
         self.pleased = 0.7 * self.pleased + 0.3 * (strength > 0.3)
-        event = item, action, self.time.astype(np.int64), dwell, self.session.copy(), self.device.copy()
-        self.time = self.time + dwell + 2 + rng.exponential(15, size=len(item))
+        event = item, action, self.time.copy(), dwell, self.session.copy(), self.device.copy()
+        self.time += np.rint(dwell + 2 + rng.exponential(15, size=len(item))).astype(np.int64)
         self.left -= 1
         return event
 
@@ -220,7 +225,7 @@ class _Walk:
         mean = self.gap * np.exp(0.6 - 2.0 * self.pleased[starting])
         gaps = 2 * 3600 + rng.exponential(size=(n, 8)) * mean[:, None]
         hours = ((self.time[starting, None] + gaps) // 3600 % 24).astype(np.int64)
-        self.time[starting] += _choose_one(np.log(HOURS)[hours], gaps, rng)
+        self.time[starting] += np.rint(_choose_one(np.log(HOURS)[hours], gaps, rng)).astype(np.int64)
         self.left[starting] = 1 + rng.geometric(1 / (self.session_events - 1), size=n)
         self.session[starting] += 1
         self.device[starting] = rng.choice(len(DEVICES), p=[0.6, 0.25, 0.15], size=n)
@@ -269,6 +274,15 @@ def _choose_one(logits: np.ndarray, values: np.ndarray, rng: np.random.Generator
     """One value of each row, drawn with softmax(logits): the Gumbel-max trick. logits, values (n, m) -> (n,)."""
     best = (logits + rng.gumbel(size=logits.shape)).argmax(1)
     return np.take_along_axis(values, best[:, None], 1)[:, 0]
+
+
+def _occurrence(values: np.ndarray) -> np.ndarray:
+    """How many equal values stand before each one."""
+    order = np.argsort(values, kind="stable")
+    starts = np.searchsorted(values[order], values[order], side="left")
+    nth = np.empty(len(values), dtype=np.int64)
+    nth[order] = np.arange(len(values)) - starts
+    return nth
 
 
 def _series_lengths(total: int, rng: np.random.Generator) -> np.ndarray:
