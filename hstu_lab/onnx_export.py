@@ -14,6 +14,7 @@ import functools
 import hashlib
 import logging
 import pathlib
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -24,10 +25,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hstu_lab import model as model_module
 from hstu_lab.config import TASKS, ConfigError, ModelConfig
 from hstu_lab.model import HSTU, load_checkpoint, load_config
 from hstu_lab.ops import reference
+from hstu_lab.tokens import unpack
 
 SCHEMA_VERSION = 1
 """Version of the files' inputs, outputs and metadata."""
@@ -37,23 +38,12 @@ OPSET = 18
 
 CACHE = pathlib.Path(__file__).resolve().parents[1] / "data" / "cache" / "onnx"
 
+_VECTORS, _INTEGERS = ("float32", ("batch", "length", "d_model")), ("int64", ("batch", "length"))
+_LENGTHS, _CANDIDATES = ("int64", ("batch",)), ("float32", ("batch", "candidates", "d_model"))
 INPUTS = {
-    "encoder": {
-        "rows": ("float32", ("batch", "length", "d_model")),
-        "action": ("int64", ("batch", "length")),
-        "gap_bucket": ("int64", ("batch", "length")),
-    },
-    "stack": {
-        "x": ("float32", ("batch", "length", "d_model")),
-        "times": ("int64", ("batch", "length")),
-        "lengths": ("int64", ("batch",)),
-    },
-    "ranker": {
-        "x_history": ("float32", ("batch", "length", "d_model")),
-        "x_candidates": ("float32", ("batch", "candidates", "d_model")),
-        "times": ("int64", ("batch", "length")),
-        "lengths": ("int64", ("batch",)),
-    },
+    "encoder": {"rows": _VECTORS, "action": _INTEGERS, "gap_bucket": _INTEGERS},
+    "stack": {"x": _VECTORS, "times": _INTEGERS, "lengths": _LENGTHS},
+    "ranker": {"x_history": _VECTORS, "x_candidates": _CANDIDATES, "times": _INTEGERS, "lengths": _LENGTHS},
 }
 """dtype and dimensions of each part's inputs; all dimensions but d_model are dynamic."""
 
@@ -140,10 +130,9 @@ def _is_exported(name: str) -> bool:
 @functools.cache
 def exporter_version() -> str:
     """Changes whenever the graphs may: with the sources that they are traced from, and with PyTorch."""
-    digest = hashlib.sha256()
-    for source in (__file__, model_module.__file__, reference.__file__):
-        digest.update(pathlib.Path(source).read_bytes())
-    return f"{digest.hexdigest()[:8]}-torch{torch.__version__}"
+    package = pathlib.Path(__file__).parent
+    sources = b"".join((package / name).read_bytes() for name in ("onnx_export.py", "model.py", "ops/reference.py"))
+    return f"{hashlib.sha256(sources).hexdigest()[:8]}-torch{torch.__version__}"
 
 
 @torch.no_grad()
@@ -206,7 +195,8 @@ def _bucketize(seconds, boundaries, out_int32=False, right=False):
     """
     from onnxscript import opset18 as op
 
-    assert right and not out_int32, "the model counts the thresholds that are not above a difference"
+    if out_int32 or not right:
+        raise NotImplementedError("only int64 buckets that include their threshold")
     (count,) = boundaries.shape
     step = 1 << (count.bit_length() - 1)
     never = op.Constant(value_ints=[torch.iinfo(torch.int64).max] * (2 * step - 1 - count))
@@ -222,15 +212,13 @@ def _bucketize(seconds, boundaries, out_int32=False, right=False):
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     # The exporter warns of torchvision, which we do not use, and of its own deprecations.
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        log.setLevel(level)
+        logging.disable(before)
 
 
 def export_cached(
@@ -243,17 +231,24 @@ def export_cached(
     """
     root = pathlib.Path(cache_root)
     target = root / f"{content_hash(checkpoint)[:16]}-{exporter_version()}"
-    if target.is_dir():
-        return target
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=root) as scratch:
-        built = export(load_checkpoint(checkpoint), pathlib.Path(scratch) / "parts", progress=progress)
-        try:
-            built.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
+    if not _is_complete(target):
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".building-", dir=root) as scratch:
+            _publish(export(load_checkpoint(checkpoint), pathlib.Path(scratch) / "parts", progress=progress), target)
     return target
+
+
+def _is_complete(folder: pathlib.Path) -> bool:
+    return all((folder / f"{part}.onnx").is_file() for part in INPUTS)
+
+
+def _publish(built: pathlib.Path, target: pathlib.Path) -> None:
+    try:
+        built.rename(target)
+    except OSError:  # there is a folder already: somebody was quicker, or somebody deleted a file in it
+        if not _is_complete(target):
+            shutil.rmtree(target)
+            built.rename(target)
 
 
 # ---- running
@@ -340,7 +335,7 @@ class OnnxModels:
             if not fits:
                 wanted = ", ".join(f"{d} {sizes[d]}" if d in sizes else d for d in dims)
                 raise OnnxError(f"{part}: {name} has shape {array.shape}; give ({wanted}), none of them 0")
-        if sizes["length"] > self.config.max_seq_len:
+        if part != "encoder" and sizes["length"] > self.config.max_seq_len:  # the encoder takes every token by itself
             raise OnnxError(f"{part}: length is {sizes['length']}, the model's max_seq_len is {self.config.max_seq_len}")
         limits = {
             "action": (0, self.config.num_actions - 1),
@@ -360,7 +355,7 @@ def load_session(path: str | pathlib.Path, threads: int | None = None):
     """An `onnxruntime.InferenceSession` of one file on the CPU. Raises OnnxError where it is missing or no ONNX model."""
     path = pathlib.Path(path)
     if not path.is_file():
-        raise OnnxError(f"{path}: no such file; make it with `python -m hstu_lab export`")
+        raise OnnxError(f"{path}: no such file; export the checkpoint with `python -m hstu_lab export`")
     try:
         import onnxruntime
     except ImportError as error:
@@ -390,11 +385,11 @@ def _check_metadata(path: pathlib.Path, part: str, session) -> dict[str, str]:
 
 
 def history_inputs(model: HSTU, tokens: Tensor, offsets: Tensor) -> dict[str, Tensor]:
-    """Jagged tokens (T,), offsets (B + 1,) -> the parts' inputs, right-padded to the longest: rows, action, gap_bucket, times, lengths.
+    """Jagged tokens (T,), offsets (B + 1,) -> the parts' inputs, right-padded: rows, action, gap_bucket, times, lengths.
 
     Candidates go the same way, as bare item ids; their times and lengths are not needed.
     """
-    _, action, level, _ = model_module.unpack(tokens, model.config)
+    _, action, level, _ = unpack(tokens, model.config)
     jagged = {
         "rows": model.tables(tokens, offsets),
         "action": action,
