@@ -111,7 +111,7 @@ def comprehensive(
     written = [write_record(record, data)]
     for task in tasks:
         stages = {r.strategy: r.stages for r in results if r.task == task}
-        figure = strategy_waterfall(stages, f"{task}: median stage times of one request, {record.label}")
+        figure = strategy_waterfall(stages, f"{task}: median stage times of one request", source=record.label)
         path = pathlib.Path(figures) / f"waterfall-{task}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120, metadata={"Software": None})

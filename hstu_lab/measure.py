@@ -234,7 +234,7 @@ class Record:
 
         Raises MeasureError in a notebook, which has no command, unless it is given.
         """
-        machine = environment.doctor().machine
+        machine = environment.machine()
         return cls(
             name=name,
             device=machine.device,

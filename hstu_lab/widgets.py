@@ -182,8 +182,9 @@ def latency_explorer(recommender, histories: Sequence) -> Explorer:
         return f"{length} events of {user}: {sum(rows[length].values()):.2f} ms (measured here)", latency_by_length(rows, length)
 
     users = ipywidgets.Dropdown(options=list(histories), description="user")
+    step = max(longest // 16, 1)
     length = ipywidgets.IntSlider(
-        value=longest, min=1, max=longest, step=max(longest // 16, 1), description="history length", continuous_update=False,
-        style={"description_width": "initial"},
+        value=1 + step * (longest // step // 2), min=1, max=longest, step=step, description="history length",
+        style={"description_width": "initial"}, continuous_update=False,
     )  # fmt: skip
     return Explorer("latency", draw, user=users, length=length)
