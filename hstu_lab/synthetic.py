@@ -4,8 +4,8 @@ Items are episodes of series; a series has one creator, a creator keeps mostly t
 Users like some categories and creators more than others, and their tastes drift from session to session. What a user meets
 next is one of three things:
 
-- the next episode of a series that the user follows, that is, reacted to some time ago: finding it takes the whole
-  history and the actions in it, not the last item alone;
+- the next episode of a series that the user follows, that is, reacted to two events ago or more: finding it takes the
+  history and the actions in it, the last item alone says nothing;
 - something from the session's category, popular items and liked creators first;
 - something from any category the user likes.
 
@@ -26,7 +26,7 @@ POPULARITY = 1.2
 """Exponent of Zipf's law over series."""
 TASTE_DIM = 8
 MOST_CATEGORIES = 500
-FOLLOWED = 6
+FOLLOWED = 4
 """Series that a user follows at a time; a new one displaces the one not seen for longest."""
 PROPOSALS = 12
 DEVICES = ({"device": "phone"}, {"device": "laptop"}, {"device": "tv"})
@@ -236,9 +236,9 @@ class _Walk:
     def _choose(self, t: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The next item, how well it matches the user's taste, and whether it continues a series that the user follows."""
         world, rng = self.world, self.rng
-        open_series = ~np.take_along_axis(self.seen, self.next_episode, 1)
-        recency = np.where(open_series, -0.06 * (t - self.touched), -np.inf)
-        following = (rng.random(len(self.users)) < 0.45) & open_series.any(1)
+        open_series = ~np.take_along_axis(self.seen, self.next_episode, 1) & (t - self.touched > 1)
+        recency = np.where(open_series, -0.04 * (t - self.touched), -np.inf)
+        following = (rng.random(len(self.users)) < 0.5) & open_series.any(1)
         episode = _choose_one(np.where(open_series.any(1)[:, None], recency, 0), self.next_episode, rng)
 
         categories = np.broadcast_to(np.arange(self.taste.shape[1]), self.taste.shape)
