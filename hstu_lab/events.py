@@ -396,7 +396,7 @@ def write_events(log: EventLog, path: str | os.PathLike) -> None:
         raise EventsError(f"{path}: of unknown kind: use .jsonl, .jsonl.gz or .parquet")
 
 
-def write_sample(path: str | os.PathLike, preset_name: str = "small", num_users: int = 100) -> EventLog:
+def write_sample(path: str | os.PathLike, preset_name: str = "small", num_users: int = 200) -> EventLog:
     """Write and return the first users of the log that checkpoints of the synthetic world are trained on by default."""
     log = World(preset(preset_name)).generate()
     sample = log.select(range(min(num_users, len(log))))

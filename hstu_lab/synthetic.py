@@ -29,6 +29,8 @@ MOST_CATEGORIES = 500
 FOLLOWED = 4
 """Series that a user follows at a time; a new one displaces the one not seen for longest."""
 PROPOSALS = 12
+SESSION_EVENTS = 8
+"""Events of a session on average."""
 DEVICES = ({"device": "phone"}, {"device": "laptop"}, {"device": "tv"})
 HOURS = np.array([2, 1, 1, 1, 1, 2, 4, 6, 6, 5, 4, 5, 7, 7, 5, 4, 5, 6, 8, 10, 12, 11, 8, 4], dtype=float)
 """Daily cycle: how likely a session starts in each hour UTC."""
@@ -152,7 +154,7 @@ class World:
         num_users = (room if room > 0 else 1000) if num_users is None else num_users
         if num_users < 1 or 0 <= room < num_users:
             raise EventsError(f"{num_users:,} users asked for, the preset has rows for {room:,}: ask for fewer")
-        if not 1 <= events_per_user * 4 / 3 <= 0.75 * len(self.catalog.known[1:]):
+        if not 1 <= events_per_user * 4 / 3 <= 0.75 * (len(self.series) - 1):
             raise EventsError(
                 f"{events_per_user} events a user asked for: give 1 or more, and few enough for {len(self.series) - 1:,} items, "
                 "which nobody meets twice"
@@ -176,8 +178,7 @@ class _Walk:
 
     def __init__(self, world: World, num_users: int, rng: np.random.Generator, events_per_user: int, days: float):
         self.world, self.rng = world, rng
-        self.session_events = 8
-        self.gap = days * 86400 * self.session_events / events_per_user
+        self.gap = days * 86400 * SESSION_EVENTS / events_per_user
         num_categories = world.category[1:].max() + 1
         self.users = np.arange(num_users)
         self.taste = rng.normal(size=(num_users, num_categories))
@@ -188,7 +189,7 @@ class _Walk:
         self.touched = np.full((num_users, FOLLOWED), -1000)
         self.left = np.zeros(num_users, dtype=np.int64)
         self.session = np.full(num_users, -1)
-        self.pleased = np.full(num_users, 0.5)
+        self.mood = np.full(num_users, 0.5)
         self.device = np.zeros(num_users, dtype=np.int64)
         self.focus = np.zeros(num_users, dtype=np.int64)
         self.time = START + rng.integers(int(0.2 * days * 86400) + 1, size=num_users)
@@ -210,9 +211,10 @@ class _Walk:
         looked = world.seconds[item] / (1 + np.exp(-1.5 * strength)) * np.exp(0.3 * rng.normal(size=len(item)))
         glanced = action == ACTIONS.index("impression")
         dwell = np.round(np.where(glanced, 1 + 0.1 * looked, np.maximum(looked, 8)), 1)
-        self._follow(item, t, ~glanced & (strength > 0.3))
+        pleased = strength > 0.3
+        self._follow(item, t, pleased)
         self.seen[self.users, item] = True
-        self.pleased = 0.7 * self.pleased + 0.3 * (strength > 0.3)
+        self.mood = 0.7 * self.mood + 0.3 * pleased
         event = item, action, self.time.copy(), dwell, self.session.copy(), self.device.copy()
         self.time += np.rint(dwell + 2 + rng.exponential(15, size=len(item))).astype(np.int64)
         self.left -= 1
@@ -222,11 +224,11 @@ class _Walk:
         rng, n = self.rng, int(starting.sum())
         if not n:
             return
-        mean = self.gap * np.exp(0.6 - 2.0 * self.pleased[starting])
+        mean = self.gap * np.exp(0.6 - 2.0 * self.mood[starting])
         gaps = 2 * 3600 + rng.exponential(size=(n, 8)) * mean[:, None]
         hours = ((self.time[starting, None] + gaps) // 3600 % 24).astype(np.int64)
         self.time[starting] += np.rint(_choose_one(np.log(HOURS)[hours], gaps, rng)).astype(np.int64)
-        self.left[starting] = 1 + rng.geometric(1 / (self.session_events - 1), size=n)
+        self.left[starting] = 1 + rng.geometric(1 / (SESSION_EVENTS - 1), size=n)
         self.session[starting] += 1
         self.device[starting] = rng.choice(len(DEVICES), p=[0.6, 0.25, 0.15], size=n)
         self.taste[starting] = 0.96 * self.taste[starting] + 0.28 * rng.normal(size=(n, self.taste.shape[1]))
