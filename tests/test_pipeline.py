@@ -1,0 +1,288 @@
+"""The project's main promise: for one task, every strategy gives one list. Real vLLM, real ONNX Runtime, 200 users."""
+
+import asyncio
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from hstu_lab import pipeline, strategies
+from hstu_lab.config import preset
+from hstu_lab.event_log import History
+from hstu_lab.events import World
+from hstu_lab.model import HSTU, CheckpointError, load_checkpoint, save_checkpoint
+from hstu_lab.pipeline import Recommender, RequestError
+from hstu_lab.settings import TASK_NAMES, Settings
+from hstu_lab.strategies import STAGES, Batch, Eager, StrategyUnavailable, best_items
+from hstu_lab.telemetry import StageTimer
+from hstu_lab.vllm_engine import Engine, EngineError, EngineOptions
+
+STRATEGIES = ("eager", "onnx", "vllm", "unified")
+NUM_USERS = 200
+
+
+@pytest.fixture(scope="module")
+def histories(tiny_world):
+    """Of every length from 0 (the user is all there is) to beyond what the model takes."""
+    return [tiny_world.history(i)[: i if i < 100 else None] for i in range(NUM_USERS)]
+
+
+@pytest.fixture(scope="module")
+def recommender(tiny_checkpoint):
+    with Recommender(tiny_checkpoint, settings=Settings(max_num_batched_tokens=512)) as recommender:
+        yield recommender
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("task", TASK_NAMES)
+def test_every_strategy_gives_the_same_list(recommender, histories, task):
+    answers = {s: recommender.recommend_batch(histories, task=task, strategy=s) for s in STRATEGIES}
+    for i, truth in enumerate(answers["eager"]):
+        assert len(truth.items) == 10
+        rows = [item.row for item in truth.items]
+        assert len(set(rows)) == 10
+        assert not set(rows) & set(histories[i].items.tolist())
+        for strategy in STRATEGIES[1:]:
+            answer = answers[strategy][i]
+            assert answer.candidates == truth.candidates, (strategy, i)
+            assert [item.row for item in answer.items] == rows, (strategy, i)
+            for ours, theirs in zip(answer.items, truth.items):
+                assert ours.score == pytest.approx(theirs.score, abs=1e-4)
+
+
+def test_the_two_tasks_are_different_jobs(recommender, histories):
+    topk, slate = (recommender.recommend_batch(histories[:20], task=task, strategy="eager") for task in TASK_NAMES)
+    assert any({i.row for i in a.items} != {i.row for i in b.items} for a, b in zip(topk, slate))
+    assert all(len(answer.candidates) == recommender.config.num_candidates for answer in topk)
+
+
+def test_trained_weights_agree_too():
+    """The shipped checkpoint: sharp logits instead of random ones."""
+    config = load_checkpoint(pipeline.SHIPPED_CHECKPOINT).config
+    log = World(config, seed=0).generate(NUM_USERS, seed=0)
+    histories = [log.history(i) for i in range(NUM_USERS)]
+    with Recommender() as recommender:
+        for task in TASK_NAMES:
+            lists = {}
+            for strategy in STRATEGIES:
+                answers = recommender.recommend_batch(histories, task=task, strategy=strategy)
+                lists[strategy] = [[item.row for item in answer.items] for answer in answers]
+            for strategy in STRATEGIES[1:]:
+                assert lists[strategy] == lists["eager"], (task, strategy)
+
+
+def _reference(tiny_checkpoint, histories, task):
+    recommender = Recommender(tiny_checkpoint)
+    batch, _ = recommender.prepare(histories)
+    count = 100 if task == "topk" else 10
+    return batch, Eager(recommender.model).candidates(batch, task, count, StageTimer())
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])
+@pytest.mark.parametrize("caching", [True, False], ids=["cached", "uncached"])
+def test_prefix_caching_and_chunked_prefill_change_nothing(tiny_checkpoint, histories, caching, chunked):
+    options = EngineOptions(
+        enable_prefix_caching=caching, enable_chunked_prefill=chunked, max_num_batched_tokens=128, max_num_seqs=16,
+        kv_cache_memory_bytes=2 << 20,
+    )  # fmt: skip
+    some = histories[40:120]
+    with Engine(tiny_checkpoint, options) as engine:
+        for task, call in (("topk", engine.topk), ("slate", engine.slate)):
+            batch, truth = _reference(tiny_checkpoint, some, task)
+            count = 100 if task == "topk" else 10
+            first = call(batch.histories, batch.seen, count)
+            again = call(batch.histories, batch.seen, count)
+            assert [g.items for g in first] == truth
+            assert [g.items for g in again] == truth
+            hits = sum(g.cached_tokens for g in again)
+            assert (hits > 0) == caching
+
+
+@pytest.mark.timeout(120)
+def test_a_wrong_block_table_is_noticed(tiny_checkpoint, histories, monkeypatch):
+    """The comparison above must fail when requests read each other's blocks; else it proves nothing."""
+    from hstu_lab.vllm_plugin.attention import HSTUMetadataBuilder
+
+    build = HSTUMetadataBuilder.build
+
+    def crossed(self, *args, **kwargs):
+        metadata = build(self, *args, **kwargs)
+        return dataclasses.replace(metadata, block_table=metadata.block_table.roll(1, dims=0))
+
+    batch, truth = _reference(tiny_checkpoint, histories[60:76], "slate")
+    with Engine(tiny_checkpoint, EngineOptions(kv_cache_memory_bytes=2 << 20)) as engine:
+        assert [g.items for g in engine.slate(batch.histories, batch.seen, 10)] == truth
+        monkeypatch.setattr(HSTUMetadataBuilder, "build", crossed)
+        engine.reset_prefix_cache()
+        wrong = [g.items for g in engine.slate(batch.histories, batch.seen, 10)]
+    assert sum(a != b for a, b in zip(wrong, truth)) > len(truth) // 2
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("strategy", ["eager", "unified"])
+def test_async_requests_in_flight_together_get_their_own_answers(recommender, histories, strategy):
+    some = histories[50:70]
+
+    async def together():
+        return await asyncio.gather(*(recommender.recommend_async(h, strategy=strategy) for h in some))
+
+    alone = recommender.recommend_batch(some, strategy="eager")
+    for answer, truth in zip(asyncio.run(together()), alone):
+        assert answer.user == truth.user
+        assert [i.row for i in answer.items] == [i.row for i in truth.items]
+
+
+def test_an_answer_says_what_it_is(recommender, histories):
+    answer = recommender.recommend(histories[30], strategy="onnx")
+    assert set(answer.stages) == set(STAGES)
+    assert answer.stages["stack"] > 0
+    assert answer.engines["stack"].startswith("ONNX Runtime")
+    assert answer.items[0].title in str(answer)
+    assert json.loads(json.dumps(answer.to_dict()))["items"][0]["item_id"] == answer.items[0].item_id
+    scores = [item.score for item in answer.items]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_the_final_order_is_the_weighted_sum(recommender, histories):
+    answer = recommender.recommend(histories[30], strategy="eager")
+    for item in answer.items:
+        parts = (item.engagement, item.retention, item.monetization)
+        assert item.score == pytest.approx(np.dot(parts, recommender.config.task_weights))
+
+
+def test_ties_go_to_the_lower_item():
+    logits = torch.tensor([[0.0, 2.0, 1.0, 2.0, 1.0]])
+    assert best_items(logits, [[]], 4) == [[1, 3, 2, 4]]
+    assert best_items(logits, [[1, 2]], 4) == [[3, 4, 0]]
+
+
+def test_auto_says_why_and_learns(tiny_checkpoint, histories):
+    recommender = Recommender(tiny_checkpoint)
+    answer = recommender.recommend(histories[30])
+    assert answer.strategy in recommender.available()
+    assert answer.reason
+    for strategy in ("eager", "onnx"):
+        for _ in range(3):
+            recommender.recommend(histories[30], strategy=strategy)
+    chosen, why = recommender.choose("topk", 1)
+    assert chosen in ("eager", "onnx")
+    assert "measured here" in why
+
+
+def test_a_missing_engine_is_named(recommender, histories, monkeypatch):
+    with pytest.raises(StrategyUnavailable, match=r"tensorrt.*GPU"):
+        recommender.recommend(histories[30], strategy="tensorrt")
+    find = strategies.importlib.util.find_spec
+    monkeypatch.setattr(strategies.importlib.util, "find_spec", lambda name: None if name == "vllm" else find(name))
+    fresh = Recommender(recommender.checkpoint)
+    with pytest.raises(StrategyUnavailable, match="vllm, which is not installed; pip install"):
+        fresh.recommend(histories[30], strategy="vllm")
+    assert fresh.choose("slate", 8)[0] == "onnx"
+
+
+def _history(**changes):
+    fields = {
+        "user": "u1", "items": np.array([1, 2]), "actions": np.array([2, 2]), "timestamps": np.array([10, 20]),
+        "dwell": np.array([1.0, 1.0]), "sessions": np.array([0, 0]),
+    }  # fmt: skip
+    return History(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"items": np.array([1])}, "1 items, 2 actions"),
+        ({"timestamps": np.array([10.0, np.nan])}, "timestamps"),
+        ({"timestamps": np.array([-1, 5])}, "timestamps"),
+        ({"actions": np.array([2, 99])}, "action 99"),
+        ({"actions": np.array([-3, 2])}, "action -3"),
+    ],
+)
+def test_bad_histories_are_refused_by_field(recommender, changes, message):
+    with pytest.raises(RequestError, match=message):
+        recommender.recommend(_history(**changes), strategy="eager")
+
+
+def test_repairs_are_counted(recommender, tiny_world):
+    one = recommender.recommend(_history(items=np.array([1, 10**6])), strategy="eager")
+    assert one.repairs["unknown items dropped"] == 1
+    disordered = recommender.recommend(_history(timestamps=np.array([20, 10])), strategy="eager")
+    assert disordered.repairs["unsorted events sorted"] == 1
+    stranger = recommender.recommend(_history(user="nobody"), strategy="eager")
+    assert stranger.repairs["unknown user"] == 1
+    empty = recommender.recommend(tiny_world.history(0)[:0], strategy="eager")
+    assert empty.repairs["empty history"] == 1
+    assert len(empty.items) == 10
+
+
+def test_a_history_of_100_000_events_is_cut_and_counted(recommender, tiny_world):
+    many = 100_000
+    rng = np.random.default_rng(0)
+    history = _history(
+        items=rng.integers(1, 201, many), actions=np.full(many, 2), timestamps=np.arange(many) * 60,
+        dwell=np.zeros(many), sessions=np.zeros(many, dtype=int),
+    )  # fmt: skip
+    lists = [recommender.recommend(history, strategy=s) for s in STRATEGIES]
+    assert lists[0].repairs["oldest events left out"] == many - recommender.config.max_history
+    assert all([i.row for i in a.items] == [i.row for i in lists[0].items] for a in lists)
+    assert not {i.row for i in lists[0].items} & set(history.items.tolist())
+
+
+def test_fewer_items_than_asked_for(recommender, tiny_world):
+    """A user who has seen all but three items gets three, from every strategy."""
+    config = recommender.config
+    items = np.arange(1, config.num_items - 3)
+    n = len(items)
+    history = _history(
+        items=items, actions=np.full(n, 2), timestamps=np.arange(n) * 60, dwell=np.zeros(n), sessions=np.zeros(n, dtype=int)
+    )
+    left = set(range(config.num_items - 3, config.num_items))
+    for task in TASK_NAMES:
+        for strategy in STRATEGIES:
+            assert {i.row for i in recommender.recommend(history, task=task, strategy=strategy).items} == left, (task, strategy)
+
+
+def test_an_empty_history_without_a_user_token_is_refused(tmp_path, tiny_world):
+    config = preset("ml-1m").replace(num_items=preset("tiny").num_items)
+    save_checkpoint(HSTU(config), tmp_path)
+    tiny_world.catalog.save(tmp_path / "catalog.json")
+    with pytest.raises(RequestError, match="history is empty"):
+        Recommender(tmp_path).recommend(tiny_world.history(0)[:0], strategy="eager")
+
+
+def test_checkpoint_parts_must_fit(tiny_checkpoint, tmp_path, tiny_world):
+    save_checkpoint(load_checkpoint(tiny_checkpoint), tmp_path)
+    tiny_world.catalog.save(tmp_path / "catalog.json")
+    with pytest.raises(CheckpointError, match=r"users\.json: no such file"):
+        Recommender(tmp_path)
+    (tmp_path / "users.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"users\.json: not JSON"):
+        Recommender(tmp_path)
+    (tmp_path / "users.json").write_text(json.dumps([f"u{i}" for i in range(301)]))
+    with pytest.raises(CheckpointError, match="at most 300"):
+        Recommender(tmp_path)
+
+
+def test_a_closed_engine_says_so(tiny_checkpoint):
+    engine = Engine(tiny_checkpoint, EngineOptions(kv_cache_memory_bytes=2 << 20))
+    engine.close()
+    with pytest.raises(EngineError, match="not running"):
+        engine.topk([[1]], [[]], 3)
+
+
+def test_a_prompt_beyond_the_model_is_refused(tiny_checkpoint):
+    with (
+        Engine(tiny_checkpoint, EngineOptions(kv_cache_memory_bytes=2 << 20)) as engine,
+        pytest.raises(EngineError, match="refused"),
+    ):
+        engine.topk([[1] * 500], [[]], 3)
+
+
+def test_batch_helper_appends_generated_items():
+    batch = Batch([[5, 6], [7]], [[5], []]).with_items([[1], [2]])
+    assert batch.tokens.tolist() == [5, 6, 1, 7, 2]
+    assert batch.offsets.tolist() == [0, 3, 5]
+    assert batch.seen == [[5, 1], [2]]
