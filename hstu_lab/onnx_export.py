@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from hstu_lab.config import TASKS, ConfigError, ModelConfig
+from hstu_lab.measure import data_root
 from hstu_lab.model import HSTU, load_checkpoint, load_config
 from hstu_lab.ops import reference
 from hstu_lab.tokens import unpack
@@ -35,8 +36,6 @@ SCHEMA_VERSION = 1
 
 OPSET = 18
 """The oldest opset that has every operator the graphs use, so that the most engines read them."""
-
-CACHE = pathlib.Path(__file__).resolve().parents[1] / "data" / "cache" / "onnx"
 
 _VECTORS, _INTEGERS = ("float32", ("batch", "length", "d_model")), ("int64", ("batch", "length"))
 _LENGTHS, _CANDIDATES = ("int64", ("batch",)), ("float32", ("batch", "candidates", "d_model"))
@@ -107,14 +106,11 @@ def content_hash(source: HSTU | str | pathlib.Path) -> str:
     Raises CheckpointError where the folder holds no checkpoint.
     """
     if isinstance(source, HSTU):
-        return _hash(source.config, source.state_dict())
-    config = load_config(source)
-    with safe_open(pathlib.Path(source) / "model.safetensors", framework="pt") as file:
-        names = [name for name in file.keys() if _is_exported(name)]  # noqa: SIM118 - safe_open is no mapping
-        return _hash(config, {name: file.get_tensor(name) for name in names})
-
-
-def _hash(config: ModelConfig, tensors: dict[str, Tensor]) -> str:
+        config, tensors = source.config, source.state_dict()
+    else:
+        config = load_config(source)
+        with safe_open(pathlib.Path(source) / "model.safetensors", framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in filter(_is_exported, file.keys())}
     digest = hashlib.sha256(config.to_json().encode())
     for name in sorted(filter(_is_exported, tensors)):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -180,9 +176,12 @@ def _trace(name: str, part: nn.Module, config: ModelConfig) -> torch.onnx.ONNXPr
     with _quiet():
         program = torch.onnx.export(
             part, kwargs=examples, input_names=list(examples), output_names=list(OUTPUTS[name]), dynamic_shapes=dynamic,
-            opset_version=OPSET, dynamo=True, verbose=False,
-            custom_translation_table={torch.ops.aten.bucketize.Tensor: _bucketize},
+            opset_version=OPSET, dynamo=True, verbose=False, custom_translation_table=TRANSLATIONS,
         )  # fmt: skip
+    for value in program.model.graph.inputs:
+        fixed = [dim for dim, size in zip(INPUTS[name][value.name][1], value.shape) if dim != "d_model" and isinstance(size, int)]
+        if fixed:  # PyTorch does so without a word where the model turns a size into a Python number
+            raise OnnxError(f"{name}: the exporter of PyTorch {torch.__version__} fixed the {fixed[0]} of {value.name}")
     for node in program.model.graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # paths of the machine that exported
     return program
@@ -209,6 +208,10 @@ def _bucketize(seconds, boundaries, out_int32=False, right=False):
     return bucket
 
 
+TRANSLATIONS = {torch.ops.aten.bucketize.Tensor: _bucketize}
+"""Operators of PyTorch that this module, not PyTorch, writes as ONNX."""
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     # The exporter warns of torchvision, which we do not use, and of its own deprecations.
@@ -222,14 +225,14 @@ def _quiet() -> Iterator[None]:
 
 
 def export_cached(
-    checkpoint: str | pathlib.Path, cache_root: str | pathlib.Path = CACHE, *, progress: bool = True
+    checkpoint: str | pathlib.Path, cache_root: str | pathlib.Path | None = None, *, progress: bool = True
 ) -> pathlib.Path:
     """Folder with the exported parts of a checkpoint folder, made at the first call for that content and exporter.
 
-    It appears whole or not at all; of two processes that build it at once, the quicker one's stays. Raises CheckpointError
-    where there is no checkpoint.
+    It lies in `cache_root` (default: `cache/onnx` in the data folder) and appears whole or not at all; of two processes that
+    build it at once, the quicker one's stays. Raises CheckpointError where there is no checkpoint.
     """
-    root = pathlib.Path(cache_root)
+    root = data_root() / "cache" / "onnx" if cache_root is None else pathlib.Path(cache_root)
     target = root / f"{content_hash(checkpoint)[:16]}-{exporter_version()}"
     if not _is_complete(target):
         root.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_model import random_model, random_tokens
 
-from hstu_lab.config import RAB_KINDS
+from hstu_lab.config import RAB_KINDS, preset
 from hstu_lab.model import CheckpointError, load_checkpoint, save_checkpoint
 from hstu_lab.onnx_export import (
     INPUTS,
@@ -19,6 +19,7 @@ from hstu_lab.onnx_export import (
     OnnxModels,
     _is_complete,
     _publish,
+    _trace,
     content_hash,
     export,
     export_cached,
@@ -57,6 +58,8 @@ def exported(tmp_path_factory, cached):
         if rab not in made:
             model = random_model(rab, num_layers=2 if rab == "position+time" else 1)
             model.known_items[[7, 500]] = False
+            for norm in (m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)):
+                torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
             made[rab] = model, export(model, tmp_path_factory.mktemp("onnx"), progress=False)
         return made[rab]
 
@@ -256,6 +259,15 @@ def test_another_checkpoint_and_another_config_are_refused(exported, tmp_path):
         rewrite(tmp_path / f"{part}.onnx", config='{"schema_version": 99}')
     with pytest.raises(OnnxError, match=r"encoder.onnx: schema_version is 99"):
         OnnxModels(tmp_path, threads=1)
+
+
+def test_a_part_whose_length_the_exporter_fixed_is_refused():
+    class Averaging(torch.nn.Linear):
+        def forward(self, rows, action, gap_bucket):
+            return super().forward(rows) / float(rows.shape[1])
+
+    with pytest.raises(OnnxError, match=r"encoder: the exporter of PyTorch .* fixed the length of rows"):
+        _trace("encoder", Averaging(32, 32), preset("tiny"))
 
 
 def test_the_content_hash_follows_what_the_files_hold(tmp_path):
