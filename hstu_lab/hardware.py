@@ -1,0 +1,130 @@
+"""One table of devices: what each can do at best, and where the figure comes from. Everything modelled starts here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+
+TERA, GIGA = 1e12, 1e9
+MIB = 2**20
+
+_A100 = "NVIDIA A100 datasheet (June 2021) and Ampere architecture white paper"
+_H100 = "NVIDIA H100 datasheet and Hopper architecture white paper; figures without sparsity"
+_H200 = "NVIDIA H200 datasheet; compute as H100 SXM; figures without sparsity"
+_L4 = "NVIDIA L4 datasheet and Ada architecture white paper; figures without sparsity"
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Ceilings of one device.
+
+    `flops`: FLOP/s (int8: operations/s) of dense matrix products by dtype, at the boost clock. `bandwidth`: bytes/s of memory.
+    `special`: tanh or exp instructions a second (16 a clock and SM on NVIDIA GPUs; CUDA C++ Programming Guide, arithmetic
+    instructions). `launch`: seconds that one more kernel costs inside a CUDA graph. `source`: where the figures come from,
+    `measured` where a run replaced them.
+    """
+
+    name: str
+    arch: str
+    flops: dict[str, float]
+    bandwidth: float
+    memory: float
+    sms: int
+    special: float
+    l2: float
+    shared_per_sm: float
+    launch: float
+    source: str
+    measured: bool = False
+
+    def ridge(self, dtype: str) -> float:
+        """FLOP per byte above which a matrix product is bound by arithmetic, not by memory."""
+        return self.peak(dtype) / self.bandwidth
+
+    def peak(self, dtype: str) -> float:
+        """FLOP/s of that dtype. Raises ValueError naming those there are."""
+        if dtype not in self.flops:
+            raise ValueError(f"{self.name} has no figure for dtype {dtype!r}; use one of {', '.join(self.flops)}")
+        return self.flops[dtype]
+
+    def with_ceilings(
+        self, *, dtype: str, flops: float | None = None, bandwidth: float | None = None, launch: float | None = None, source: str
+    ) -> Device:
+        """The same device with ceilings that a run reached (cuBLAS, a copy, empty kernels) instead of the datasheet's."""
+        return dataclasses.replace(
+            self,
+            flops=self.flops | ({dtype: flops} if flops else {}),
+            bandwidth=bandwidth or self.bandwidth,
+            launch=launch or self.launch,
+            source=source,
+            measured=True,
+        )
+
+
+def _nvidia(name, arch, bf16, fp32, int8, bandwidth, memory, sms, clock, l2, shared, source) -> Device:
+    flops = {
+        "bf16": bf16 * TERA,
+        "fp16": bf16 * TERA,
+        "tf32": bf16 / 2 * TERA,
+        "fp32": fp32 * TERA,
+        "int8": int8 * TERA,
+    }
+    special = 16 * sms * clock * GIGA
+    return Device(
+        name, arch, flops, bandwidth * GIGA, memory * GIGA, sms, special, l2 * MIB, shared * 1024, launch=1.5e-6, source=source
+    )
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        _nvidia("A100-SXM4-40GB", "sm_80", 312, 19.5, 624, 1555, 40, 108, 1.410, 40, 164, _A100),
+        _nvidia("A100-SXM4-80GB", "sm_80", 312, 19.5, 624, 2039, 80, 108, 1.410, 40, 164, _A100),
+        _nvidia("A100-PCIe-40GB", "sm_80", 312, 19.5, 624, 1555, 40, 108, 1.410, 40, 164, _A100),
+        _nvidia("A100-PCIe-80GB", "sm_80", 312, 19.5, 624, 1935, 80, 108, 1.410, 40, 164, _A100),
+        _nvidia("H100-SXM5-80GB", "sm_90", 989.4, 66.9, 1978.9, 3350, 80, 132, 1.830, 50, 228, _H100),
+        _nvidia("H200-SXM-141GB", "sm_90", 989.4, 66.9, 1978.9, 4800, 141, 132, 1.830, 50, 228, _H200),
+        _nvidia("L4-24GB", "sm_89", 121, 30.3, 242, 300, 24, 58, 2.040, 48, 100, _L4),
+    )
+}
+"""Datasheet figures. The launch cost of 1.5 microseconds is an assumption that `with_ceilings` replaces by a measured one."""
+
+
+def device(name: str) -> Device:
+    """The device of that name; "cpu" measures this machine. Raises ValueError naming the known ones."""
+    if name == "cpu":
+        return this_cpu()
+    if name not in DEVICES:
+        raise ValueError(f"device {name!r} is unknown: use cpu or one of {', '.join(DEVICES)}")
+    return DEVICES[name]
+
+
+@functools.lru_cache
+def this_cpu(size: int = 1024) -> Device:
+    """This machine's CPU as measured now (about a second): a float32 matrix product, a copy, a tanh."""
+    import torch
+
+    from hstu_lab.environment import device_name
+    from hstu_lab.measure import measure, peak_copy_bandwidth
+
+    a = torch.randn(size, size)
+    product = measure(lambda: a @ a, name="matmul", repeats=5, device="cpu")
+    tanh = measure(lambda: torch.tanh(a), name="tanh", repeats=5, device="cpu")
+    launch = measure(lambda: torch.add(a[0, 0], 1), name="smallest operator", repeats=20, min_time=0.02, device="cpu")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    flops = 2 * size**3 / product.median
+    return Device(
+        f"{'CPU' if torch.cuda.is_available() else device_name()}, {torch.get_num_threads()} threads",
+        "cpu",
+        {"fp32": flops},
+        peak_copy_bandwidth("cpu").bytes_per_second,
+        memory,
+        1,
+        a.numel() / tanh.median,
+        0,
+        0,
+        launch.median,
+        "measured here",
+        True,
+    )

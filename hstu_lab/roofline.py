@@ -1,0 +1,167 @@
+"""Predict before you measure: FLOPs and bytes of every operator from its shapes, and the time that a device's ceilings allow.
+
+The model (Williams, Waterman and Patterson 2009, "Roofline"): an operator takes as long as its largest term,
+matrix FLOPs / peak, bytes / bandwidth, or tanh evaluations / special-function rate, plus one launch. The matrix term grows where
+its tiles fill the last wave of SMs badly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from hstu_lab.config import ModelConfig
+from hstu_lab.hardware import Device
+
+DTYPE_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+TILE = 128
+"""Side of the output tile that one SM works on at a time, for wave quantisation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """Work of one operator: matrix `flops`, `bytes` to and from memory, `special` function evaluations; `count` launches of it.
+
+    `tiles`: output tiles of one launch (0: no matrix product).
+    """
+
+    name: str
+    flops: float
+    bytes: float
+    special: float = 0.0
+    tiles: int = 0
+    count: int = 1
+
+    @property
+    def intensity(self) -> float:
+        """FLOP per byte."""
+        return self.flops / self.bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """Seconds of all launches of an operator on a device; `terms` per launch, `bound` the largest of them."""
+
+    operator: Operator
+    device: Device
+    terms: dict[str, float]
+    launch: float
+
+    @property
+    def bound(self) -> str:
+        return max(self.terms, key=self.terms.get)
+
+    @property
+    def seconds(self) -> float:
+        return (max(self.terms.values()) + self.launch) * self.operator.count
+
+    @property
+    def flops_per_second(self) -> float:
+        return self.operator.flops * self.operator.count / self.seconds
+
+
+def predict(operator: Operator, device: Device, dtype: str = "bf16", *, launch: float | None = None) -> Prediction:
+    """Time of `operator` on `device` by the roofline. Raises ValueError where the device has no figure for dtype."""
+    terms = {
+        "matrix": operator.flops / device.peak(dtype) * wave_quantisation(operator.tiles, device.sms),
+        "memory": operator.bytes / device.bandwidth,
+        "special functions": operator.special / device.special,
+    }
+    return Prediction(operator, device, terms, device.launch if launch is None else launch)
+
+
+def wave_quantisation(tiles: int, sms: int) -> float:
+    """How much longer whole waves of tiles take than the same work spread evenly: 1 for tiles = k x sms, 2 for half a wave."""
+    return math.ceil(tiles / sms) * sms / tiles if tiles else 1.0
+
+
+def _gemm(
+    name: str, m: int, k: int, n: int, size: int, *, extra_bytes: float = 0, special: float = 0, count: int = 1
+) -> Operator:
+    tiles = math.ceil(m / TILE) * math.ceil(n / TILE)
+    return Operator(name, 2.0 * m * k * n, (m * k + k * n + m * n) * size + extra_bytes, special, tiles)
+
+
+def causal_pairs(queries: int, keys: int) -> float:
+    """Query-key pairs when the queries are the last of `keys` positions and each sees itself and everything before."""
+    return queries * (keys - queries) + queries * (queries + 1) / 2
+
+
+def attention(config: ModelConfig, batch: int, queries: int, keys: int, dtype: str = "bf16") -> Operator:
+    """HSTU attention of the last `queries` of `keys` positions of each of `batch` sequences; one tanh a pair, no softmax.
+
+    Bytes: each query's Q and output and each key's K and V once.
+    """
+    heads, size = config.num_heads, DTYPE_BYTES[dtype]
+    pairs = batch * heads * causal_pairs(queries, keys)
+    moved = batch * heads * (queries + keys) * (config.d_qk + config.d_v) * size
+    tiles = batch * heads * math.ceil(queries / TILE)
+    return Operator("attention", 2 * pairs * (config.d_qk + config.d_v), moved, pairs, tiles)
+
+
+def layer(config: ModelConfig, batch: int, queries: int, keys: int, dtype: str = "bf16") -> list[Operator]:
+    """The five operators of one HSTU layer, with `queries` new tokens a sequence out of `keys`; `count` is one each."""
+    size, d, tokens = DTYPE_BYTES[dtype], config.d_model, batch * queries
+    gates, keys_width = config.num_heads * config.d_v, config.num_heads * config.d_qk
+    projected = 2 * gates + 2 * keys_width
+    return [
+        Operator("norm", 0.0, 2 * tokens * d * size),
+        _gemm("UVQK + SiLU", tokens, d, projected, size, special=tokens * projected),
+        attention(config, batch, queries, keys, dtype),
+        Operator("norm x gate", 0.0, 3 * tokens * gates * size),
+        _gemm("output + residual", tokens, gates, d, size, extra_bytes=tokens * d * size),
+    ]
+
+
+def stack(config: ModelConfig, batch: int, queries: int, keys: int | None = None, dtype: str = "bf16") -> list[Operator]:
+    """Every operator of the stack: `queries` new tokens a sequence after keys - queries cached ones (default: none cached)."""
+    keys = queries if keys is None else keys
+    ops = [dataclasses.replace(op, count=config.num_layers) for op in layer(config, batch, queries, keys, dtype)]
+    return [*ops, Operator("final norm", 0.0, 2 * batch * queries * config.d_model * DTYPE_BYTES[dtype])]
+
+
+def whole(config: ModelConfig, batch: int, length: int, candidates: int = 100, dtype: str = "bf16") -> list[Operator]:
+    """One topk request of `length` events a user: rows, encoder, stack, logits of the last position, ranking of candidates.
+
+    The ranking reads the cached history (M-FALCON): candidates see the history and themselves.
+    """
+    size, d, tokens = DTYPE_BYTES[dtype], config.d_model, batch * length
+    tables = 1 + len(config.side_features)
+    ranked = batch * candidates
+    ranking = [
+        dataclasses.replace(op, name=f"ranking: {op.name}", count=config.num_layers)
+        for op in layer(config, batch, candidates, length, dtype)
+        if op.name != "attention"
+    ]
+    pairs = ranked * config.num_heads * (length + 1)
+    read = batch * config.num_heads * (length + 2 * candidates) * (config.d_qk + config.d_v) * size
+    ranking.append(
+        Operator(
+            "ranking: attention",
+            2 * pairs * (config.d_qk + config.d_v),
+            read,
+            pairs,
+            batch * config.num_heads * math.ceil(candidates / TILE),
+            config.num_layers,
+        )
+    )
+    return [
+        Operator("rows: gather + sum", 0.0, tokens * d * (tables + 1) * size),
+        _gemm("encoder: up", tokens, d, d, size, special=tokens * d),
+        _gemm("encoder: down + residual", tokens, d, d, size, extra_bytes=tokens * d * size),
+        *stack(config, batch, length, dtype=dtype),
+        _gemm("next-item logits", batch, d, config.num_items, size),
+        *ranking,
+        _gemm("ranking: task heads", ranked, d, 3 * d, size, special=3 * ranked * d),
+    ]
+
+
+def total(predictions: Sequence[Prediction]) -> float:
+    """Seconds of operators that run one after another."""
+    return sum(p.seconds for p in predictions)
+
+
+def flops(operators: Sequence[Operator]) -> float:
+    """Matrix FLOPs of all launches."""
+    return sum(op.flops * op.count for op in operators)
