@@ -110,10 +110,10 @@ def read_events(
     reject_file: JSONL of the bad rows (file, row, field, reason, remedy, text); made only if there are any.
     on_bad: "reject" counts bad rows and goes on, "raise" stops at the first. now: Unix seconds that the future starts at.
 
-    Repairs, counted in `log.report`: a user's events out of time order are sorted, and an event equal to another in every
-    column but the context is dropped. Events of one user in the same second are put in a random order fixed by `seed`, not
-    left in the file's order, which may give away what comes next. An event that names no session belongs to the session
-    before it unless more than `SESSION_GAP` seconds have passed.
+    Repairs, counted in `log.report`: a user's events out of time order are sorted, and an event equal to another in user,
+    item, action, timestamp and dwell is dropped. Events of one user in the same second are put in a random order fixed by
+    `seed`: a file's own order may be the same for all users and so give away what comes next (MovieLens-1M's does). An
+    event that names no session belongs to the session before it unless more than `SESSION_GAP` seconds have passed.
 
     Raises EventsError where the file cannot be read or no row of it survives.
     """
@@ -200,7 +200,7 @@ def _jsonl_rows(path: pathlib.Path, rejects: _Rejects) -> Iterator[tuple[int, An
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(str(line, "utf-8"))
             except (ValueError, RecursionError):
                 rejects.add(number, "row", "unreadable JSON", line)
                 continue
@@ -308,7 +308,7 @@ def _to_log(catalog: Catalog, columns: Sequence[Sequence], report: Report, seed:
     """Columns in the order of `COLUMNS`, any row order -> a log: sorted, without duplicates, sessions numbered."""
     user, session, item, action, timestamp, dwell, context = columns
     users = sorted(set(user), key=natural_order)
-    names = sorted({name for name in session if name is not None}, key=natural_order)
+    names = sorted({name for name in session if name is not None})
     contexts = None
     if any(context):
         contexts = np.empty(len(user), dtype=object)
@@ -326,14 +326,14 @@ def _sort(catalog, users, user, item, action, timestamp, dwell, session, context
     late = (np.diff(user[by_user]) == 0) & (np.diff(timestamp[by_user]) < 0)
     ties = _hashes(users)[user] ^ _hashes([id or "" for id in catalog.ids])[item]
     ties = _scramble(ties + np.uint64(seed % 2**64))
-    columns = [user, timestamp, ties, item, action, session, dwell]
+    columns = [user, timestamp, ties, item, action, dwell, session]
     order = np.lexsort(columns[::-1])
     columns = [column[order] for column in columns]
     same = np.ones(len(order) - 1, dtype=bool)
-    for column in columns:
+    for column in columns[:-1]:
         same &= (column[1:] == column[:-1]) | ((column[1:] != column[1:]) & (column[:-1] != column[:-1]))
     first = np.concatenate([[True], ~same])
-    user, timestamp, _, item, action, session, dwell = (column[first] for column in columns)
+    user, timestamp, _, item, action, dwell, session = (column[first] for column in columns)
     repairs = {"out of time order, sorted": int(late.sum()), "exact duplicates, dropped": int(same.sum())}
     report = dataclasses.replace(report, kept=len(user), repaired={reason: n for reason, n in repairs.items() if n})
     offsets = np.searchsorted(user, np.arange(len(users) + 1))
@@ -421,7 +421,8 @@ def _read_movielens(path: pathlib.Path, catalog: Catalog | None, rejects: _Rejec
             if line.strip() and not _RATING(line):
                 rejects.add(number + 1, "row", "not UserID::MovieID::Rating::Timestamp", line)
         lines = [lines[number] for number in numbers]
-    values = np.fromstring(b"\n".join(lines).replace(b"::", b" ") or b" ", dtype=np.int64, sep=" ").reshape(-1, 4)
+    numerals = b"\n".join(lines).replace(b"::", b" ")
+    values = np.fromstring(numerals, dtype=np.int64, sep=" ").reshape(-1, 4) if lines else np.zeros((0, 4), dtype=np.int64)
 
     ids, codes = np.unique(values[:, 1], return_inverse=True)
     items = np.array([catalog.row(str(id)) for id in ids.tolist()], dtype=np.int64)[codes]
@@ -447,12 +448,12 @@ def _read_movielens(path: pathlib.Path, catalog: Catalog | None, rejects: _Rejec
 
 
 def _movielens_files(path: pathlib.Path) -> dict[str, bytes]:
-    """Contents of ratings.dat, movies.dat and users.dat in a folder or zip, at any depth."""
+    """Contents of ratings.dat, movies.dat and users.dat in a zip, or in a folder or the folders in it."""
     remedy = "it may be truncated; download MovieLens-1M again"
     names, contents = ("ratings.dat", "movies.dat", "users.dat"), {}
     with clear_errors(path, remedy), contextlib.ExitStack() as stack:
         archive = None if path.is_dir() else stack.enter_context(zipfile.ZipFile(path))
-        members = [str(p) for p in sorted(path.rglob("*.dat"))] if archive is None else archive.namelist()
+        members = [str(p) for depth in ("*.dat", "*/*.dat") for p in path.glob(depth)] if archive is None else archive.namelist()
         for name in names:
             found = [member for member in members if pathlib.PurePath(member).name == name]
             if not found:
