@@ -237,7 +237,7 @@ def _check_row(row: Any, known: dict[str, int] | None, latest: float) -> tuple:
     get = row.get
     user, session, item = _identifier(get("user"), "user"), get("session"), _identifier(get("item"), "item")
     if session is not None:
-        session = _identifier(session, "session")
+        session = _identifier(session, "session", 2 * LONGEST_ID)
     action, dwell, context = get("action"), get("dwell"), get("context")
     if action is None:
         raise _BadRow("action", "missing")
@@ -258,12 +258,12 @@ def _check_row(row: Any, known: dict[str, int] | None, latest: float) -> tuple:
     return user, session, item, _ACTION_IDS[action], int(timestamp), dwell, context
 
 
-def _identifier(value: Any, field: str) -> str:
+def _identifier(value: Any, field: str, longest: int = LONGEST_ID) -> str:
     if value is None:
         raise _BadRow(field, "missing")
     if type(value) is int and value.bit_length() <= 64:
         value = str(value)
-    if type(value) is not str or len(value) > LONGEST_ID or not _encodes(value):
+    if type(value) is not str or len(value) > longest or not _encodes(value):
         raise _BadRow(field, "not an identifier")
     if not value.strip():
         raise _BadRow(field, "empty")
@@ -380,7 +380,7 @@ def write_events(log: EventLog, path: str | os.PathLike) -> None:
             file = gzip.GzipFile("", "wb", 9, raw, mtime=0) if path.suffix == ".gz" else raw
             for row in zip(*columns):
                 fields = {name: value for name, value in zip(COLUMNS, row) if value is not None}
-                file.write((json.dumps(fields, ensure_ascii=False) + "\n").encode())
+                file.write((json.dumps(fields) + "\n").encode())
             if file is not raw:
                 file.close()
     elif path.suffix == ".parquet":
@@ -397,7 +397,10 @@ def write_events(log: EventLog, path: str | os.PathLike) -> None:
 
 
 def write_sample(path: str | os.PathLike, preset_name: str = "small", num_users: int = 200) -> EventLog:
-    """Write and return the first users of the log that checkpoints of the synthetic world are trained on by default."""
+    """Write and return the first users of the log that checkpoints of the synthetic world are trained on by default.
+
+    The shipped sample: python -c "from hstu_lab import events; events.write_sample('data/sample/events.jsonl.gz')"
+    """
     log = World(preset(preset_name)).generate()
     sample = log.select(range(min(num_users, len(log))))
     write_events(sample, path)

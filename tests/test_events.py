@@ -20,7 +20,7 @@ NOW = 1_700_000_000
 ROW = {"user": "u1", "item": "i1", "action": "click", "timestamp": 1000}
 COLUMNS = ("offsets", "items", "actions", "timestamps", "dwell", "sessions")
 IDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6).filter(str.strip)
-USERS = ["ada", "bob", "u2", "u10", "ü\n☃"]
+USERS = ["ada", "u" * 200, "u2", "u10", "ü\n☃"]
 ROWS = st.fixed_dictionaries(
     {
         "user": st.sampled_from(USERS),
@@ -31,7 +31,7 @@ ROWS = st.fixed_dictionaries(
     optional={
         "session": st.sampled_from(["s1", "s2", "s10"]) | st.none(),
         "dwell": st.floats(0, 1e4, width=32) | st.none(),
-        "context": st.dictionaries(st.sampled_from(["device", "page"]), st.integers() | IDS, max_size=2),
+        "context": st.dictionaries(st.sampled_from(["device", "\ud800"]), st.integers() | IDS, max_size=2),
     },
 )
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

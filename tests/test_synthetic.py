@@ -1,5 +1,7 @@
 """The synthetic world is what its docstring says: same by seed, Zipf, drifting, and told by the history, not by the last item."""
 
+import pathlib
+
 import numpy as np
 import pytest
 
@@ -204,3 +206,14 @@ def test_a_sample_is_the_first_users_of_the_default_log(tmp_path):
 def test_configs_without_user_rows_have_a_thousand_users():
     config = ModelConfig.from_json(preset("tiny").replace(num_users=0).to_json())
     assert len(World(config).generate(events_per_user=2)) == 1000
+
+
+def test_the_shipped_sample_is_still_of_this_world(world):
+    path = pathlib.Path(__file__).parent.parent / "data" / "sample" / "events.jsonl.gz"
+    assert path.stat().st_size <= 400_000
+    sample = read_events(path, world.catalog, on_bad="raise")
+    expected = world.generate().select(range(len(sample)))
+    assert len(sample) == 200
+    assert sample.users == expected.users
+    for name in COLUMNS:
+        np.testing.assert_array_equal(getattr(sample, name), getattr(expected, name))
