@@ -68,7 +68,7 @@ class RelativeBias:
                 buckets = pairwise_buckets(q_time, k_time, self.time.shape[1])
             by_time = _look_up(self.time, buckets)
             total = by_time if total is None else total + by_time
-        return None if total is None else total.movedim(-1, -3)
+        return total
 
 
 def pairwise_buckets(q_time: Tensor, k_time: Tensor, num_buckets: int) -> Tensor:
@@ -77,8 +77,9 @@ def pairwise_buckets(q_time: Tensor, k_time: Tensor, num_buckets: int) -> Tensor
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
-    # table (H, R), index (...) -> (..., H). index_select's backward is 40 times faster here than embedding's.
-    return table.t().index_select(0, index.flatten()).unflatten(0, index.shape)
+    # table (H, R), index (..., Q, K) -> (..., H, Q, K). Of six ways to say this, index_select along the rows is the quickest
+    # on a CPU, forward and backward.
+    return table.index_select(1, index.flatten()).unflatten(1, index.shape).movedim(0, -3)
 
 
 def visible(q_pos: Tensor, k_pos: Tensor, num_context: int = 0) -> Tensor:
