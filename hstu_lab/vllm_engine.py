@@ -10,10 +10,13 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
+import logging
 import os
 import pathlib
 import sys
+import tempfile
 import threading
+from collections.abc import Iterator
 
 from torch import Tensor
 
@@ -32,6 +35,23 @@ ENVIRONMENT = {
 
 _STEP = threading.Lock()
 """Engines take turns: vLLM keeps the context of a forward pass in a global of the process."""
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep two warnings that come with every start, and say nothing to act on, from stderr; everything else passes."""
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    with tempfile.TemporaryFile() as file:  # vLLM's C++ writes to the descriptor
+        sys.stderr.flush()
+        stderr = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            file.seek(0)
+            os.write(2, b"".join(line for line in file if b"NUMA binding" not in line))
 
 
 class EngineError(RuntimeError):
@@ -90,7 +110,8 @@ class Engine:
         self.config = load_config(checkpoint)
         arguments = dataclasses.asdict(options)
         arguments["additional_config"] = {"ops": arguments.pop("ops")}
-        with _STEP, contextlib.redirect_stdout(sys.__stdout__):  # vLLM wants a stdout with a file number; Jupyter's has none
+        # vLLM wants a stdout with a file number; Jupyter's has none.
+        with _STEP, contextlib.redirect_stdout(sys.__stdout__), _quiet():
             self.engine = LLMEngine.from_engine_args(
                 EngineArgs(
                     model=str(checkpoint), skip_tokenizer_init=True, max_model_len=self.config.max_seq_len, max_logprobs=-1,

@@ -14,11 +14,11 @@ FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 LONGEST_CELL = 14
 SOLUTION = re.compile(r"<details>\s*<summary>Solution</summary>\s*```python\n(.*?)```\s*</details>", re.DOTALL)
-FORBIDDEN = {
+IN_SOURCE = {
     r"\bsys\.path\b": "changes sys.path",
     r"(^|\s)[%!]?\s*(python -m )?(uv )?pip3? install": "installs packages",
-    r"/(home|root|Users)/": "names a private folder",
 }
+ANYWHERE = {rf"/(home|root|Users)/|{re.escape(str(FOLDER.parent))}/": "names a private folder"}
 
 
 def code_cells(notebook):
@@ -60,7 +60,10 @@ def problems(notebook) -> list[str]:
         if i + 1 == len(cells) or cells[i + 1].cell_type != "markdown":
             found.append(f"{where}: no markdown after it says what to notice")
         read = [cell.source]
+        found += [f"{where}: {what}" for pattern, what in IN_SOURCE.items() if re.search(pattern, cell.source, re.M)]
         for output in cell.outputs:
+            if output.get("name") == "stderr":
+                found.append(f"{where}: stores a warning: {output.text.strip().splitlines()[-1]}")
             if output.output_type == "error":
                 found.append(f"{where}: stores an error: {output.ename}: {output.evalue}")
             found += [
@@ -69,7 +72,7 @@ def problems(notebook) -> list[str]:
                 if k.startswith("image/") and k != "image/png"
             ]
             read += texts(output)
-        found += [f"{where}: {what}" for pattern, what in FORBIDDEN.items() if any(re.search(pattern, t, re.M) for t in read)]
+        found += [f"{where}: {what}" for pattern, what in ANYWHERE.items() if any(re.search(pattern, t, re.M) for t in read)]
     if not cells or cells[0].cell_type != "markdown" or not cells[0].source.startswith("# "):
         found.append("does not open with a title")
     if "banner()" not in "".join(cell.source for cell in tagged(notebook, "setup")[:1]):
@@ -174,6 +177,7 @@ def test_a_good_notebook_has_no_problems(good):
 
 
 SVG = nbformat.v4.new_output("display_data", data={"image/svg+xml": "<svg/>"})
+WARNING = nbformat.v4.new_output("stream", name="stderr", text="UserWarning: x\n")
 ERROR = nbformat.v4.new_output("error", ename="ValueError", evalue="x", traceback=[])
 
 
@@ -184,7 +188,9 @@ ERROR = nbformat.v4.new_output("error", ename="ValueError", evalue="x", tracebac
         (lambda n: n.cells[3].update(execution_count=7), "execution count 7 in place of 2"),
         (lambda n: n.cells[1].outputs.append(ERROR), "stores an error"),
         (lambda n: n.cells[1].outputs.append(SVG), "not PNG"),
+        (lambda n: n.cells[1].outputs.append(WARNING), "stores a warning: UserWarning"),
         (lambda n: n.cells[3].outputs[0].update(text="/home/me/x"), "private folder"),
+        (lambda n: n.cells[3].outputs[0].update(text=f"{FOLDER.parent}/.venv/bin/python"), "private folder"),
         (lambda n: n.metadata.update(widgets={}), "widget state"),
         (lambda n: n.cells[1].update(source="import sys\nsys.path.append('..')\nenvironment.banner()"), "sys.path"),
         (lambda n: n.cells[1].update(source="!pip install torch\nenvironment.banner()"), "installs packages"),
