@@ -11,6 +11,10 @@ ACTIONS = ("none", "impression", "click", "like", "share", "purchase", "dwell")
 TASKS = ("engagement", "retention", "monetization")
 RAB_KINDS = ("none", "position", "position+time")
 SCHEMA_VERSION = 1
+COUNTS = (
+    "num_items", "num_users", "d_model", "num_layers", "num_heads", "d_qk", "d_v", "max_seq_len", "num_time_buckets",
+    "num_time_levels", "num_actions", "slate_size", "num_candidates",
+)  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -51,9 +55,13 @@ class ModelConfig:
     def __post_init__(self):
         object.__setattr__(self, "side_features", tuple((str(n), int(r)) for n, r in self.side_features))
         object.__setattr__(self, "task_weights", tuple(float(w) for w in self.task_weights))
-        for field in ("num_items", "d_model", "num_layers", "num_heads", "d_qk", "d_v", "max_seq_len", "slate_size"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field} is {getattr(self, field)}: give a positive number")
+        for field in COUNTS:
+            value, least = getattr(self, field), 0 if field == "num_users" else 1
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"{field} is {value!r}: give a whole number from {least} up")
+        for name, rows in self.side_features:
+            if rows < 1:
+                raise ConfigError(f"side_features gives {name!r} {rows} rows: give 1 or more")
         if self.rab not in RAB_KINDS:
             raise ConfigError(f"rab is {self.rab!r}: use one of {', '.join(RAB_KINDS)}")
         if len(self.task_weights) != len(TASKS):
@@ -63,9 +71,8 @@ class ModelConfig:
                 f"num_items x num_actions x num_time_levels + num_users is {self.token_limit}, over 2^31: lower num_time_levels"
             )
         if self.max_history < 1:
-            raise ConfigError(
-                f"max_seq_len is {self.max_seq_len}: it must exceed slate_size + num_context = {self.slate_size + 1}"
-            )
+            taken = self.slate_size + self.num_context
+            raise ConfigError(f"max_seq_len is {self.max_seq_len}: it must exceed slate_size + num_context = {taken}")
 
     @property
     def num_context(self) -> int:

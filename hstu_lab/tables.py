@@ -7,6 +7,7 @@ A row store answers one question: which rows do these ids have? `HostRows` keeps
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Protocol
 
 import torch
@@ -17,6 +18,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hstu_lab.config import ModelConfig
 from hstu_lab.tokens import unpack
+
+# TorchRec's jagged tensors ask torch.fx whether it is tracing, and torch.fx warns whoever asks.
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 
 class RowStore(Protocol):
@@ -144,13 +148,13 @@ def parameter_groups(config: ModelConfig) -> list[ParameterGroup]:
 
 
 def seed_arithmetic(d_model=1024, num_layers=12, vocabulary=50_000, d_ff=4096) -> list[ParameterGroup]:
-    """What the seed's "3.2B-parameter" description holds once multiplied out: its stack, its item table and its d_ff."""
+    """What the "3.2B-parameter" description this project grew from holds: its stack, its item table and its feed-forward."""
     stack = num_layers * (2 * d_model + d_model * 4 * d_model + 4 * d_model + 2 * d_model + d_model * d_model + d_model)
     return [
         ParameterGroup("HSTU stack", f"{num_layers} layers at d_model {d_model}", stack),
         ParameterGroup("item table", f"{vocabulary:,} x {d_model}", vocabulary * d_model),
         ParameterGroup(
-            "the seed's feed-forward, which HSTU does not have",
+            "feed-forward, which HSTU does not have",
             f"{num_layers} x 2 x {d_model} x {d_ff}",
             2 * num_layers * d_model * d_ff,
         ),
