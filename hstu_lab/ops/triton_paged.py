@@ -1,0 +1,250 @@
+"""Attention of new queries over a paged KV cache: decode, chunked extend, and candidates, in one kernel.
+
+Without a softmax the keys can be split among programs at will: partial sums add. Decode reads every key and value once and
+computes next to nothing, so it is split until the memory system is full; a long chunk of queries is bound by the matrix unit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hstu_lab.ops.reference import RelativeBias
+from hstu_lab.ops.triton_attention import bucket_of, bucket_tables
+from hstu_lab.ops.triton_runtime import add, check_dtype, interpreted, least, most, silu_of_half
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedTiles:
+    """Query and key rows of a tile, warps, pipeline stages, parts that the keys are split into."""
+
+    block_m: int
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 3
+    splits: int = 1
+
+
+@triton.jit
+def paged_bias(
+    Position, TimeBias, Cells, q_position, k_position, q_time, k_time, positions, head, position_head, time_head,
+    HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr,
+):  # fmt: skip
+    """Half the bias (M, N), looked up element by element; 0 where there is none."""
+    bias = 0.0
+    if HAS_POSITION:
+        distance = least(most(q_position[:, None] - k_position[None, :], 0), positions - 1)
+        bias += 0.5 * tl.load(Position + head * position_head + distance).to(tl.float32)
+    if HAS_TIME:
+        apart = tl.abs(q_time[:, None] - k_time[None, :])
+        bucket = bucket_of(least(apart, 2147483646).to(tl.int32), Cells)
+        bias += 0.5 * tl.load(TimeBias + head * time_head + bucket).to(tl.float32)
+    return bias
+
+
+@triton.jit(do_not_specialize=["heads", "tiles_m", "splits", "table_row", "positions"])
+def paged_kernel(
+    Q, KeyCache, ValueCache, Out, BlockTable, QueryOffsets, SeqLens, QueryTimes, SlotTimes, OwnKeys, OwnValues,
+    Position, TimeBias, Cells,
+    q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, time_page, own_k_row, own_k_head, own_v_row, own_v_head,
+    position_head, time_head, table_row, total, heads, tiles_m, splits, positions, half_scale, out_scale,
+    D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, NUM_CONTEXT: tl.constexpr, HAS_CANDIDATES: tl.constexpr, HAS_POSITION: tl.constexpr,
+    HAS_TIME: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M queries of one (sequence, head) against one part of the cached keys; Out is (splits, total, heads, DV)."""
+    head = tl.program_id(0) % heads
+    split = tl.program_id(0) // heads
+    b = tl.program_id(1) // tiles_m
+    m0 = (tiles_m - 1 - tl.program_id(1) % tiles_m) * BLOCK_M
+    start = tl.load(QueryOffsets + b).to(tl.int64)
+    count = (tl.load(QueryOffsets + b + 1) - start).to(tl.int32)
+    if m0 < count:
+        seq_len = tl.load(SeqLens + b).to(tl.int32)
+        rows = m0 + tl.arange(0, BLOCK_M)
+        dims, value_dims, near = tl.arange(0, D_PAD), tl.arange(0, DV_PAD), tl.arange(0, BLOCK_N)
+        real = rows < count
+        q_rows = Q + (start + rows[:, None]) * q_row + head * q_head + dims[None, :]
+        q = tl.load(q_rows, mask=real[:, None] & (dims[None, :] < D), other=0.0)
+        if HAS_CANDIDATES:
+            position = tl.full((BLOCK_M,), 0, tl.int32) + seq_len
+            visible = seq_len
+            full = seq_len
+        else:
+            position = seq_len - count + rows
+            visible = least(seq_len, seq_len - count + m0 + BLOCK_M)
+            full = least(seq_len, seq_len - count + m0 + 1)
+            if NUM_CONTEXT > 1:
+                visible = most(visible, least(seq_len, NUM_CONTEXT))
+        last_key = least(position, seq_len - 1)
+        q_time = tl.full((BLOCK_M,), 0, tl.int64)
+        if HAS_TIME:
+            q_time = tl.load(QueryTimes + start + rows, mask=real, other=0)
+        # This program's share of the keys, in whole tiles.
+        per_split = ((visible + BLOCK_N - 1) // BLOCK_N + splits - 1) // splits * BLOCK_N
+        first = split * per_split
+        end = least(visible, first + per_split)
+        full_end = most(first, least(end, full) // BLOCK_N * BLOCK_N)
+        table = BlockTable + b.to(tl.int64) * table_row
+        keys_of_head = KeyCache + head * k_head
+        values_of_head = ValueCache + head * v_head
+        acc = tl.full((BLOCK_M, DV_PAD), 0.0, tl.float32)
+
+        # Keys that every query of this tile sees.
+        for n0 in range(first, full_end, BLOCK_N):
+            keys = n0 + near
+            page = tl.load(table + keys // PAGE).to(tl.int64)
+            k_rows = page * k_page + (keys % PAGE) * k_slot
+            v_rows = page * v_page + (keys % PAGE) * v_slot
+            k_time = tl.full((BLOCK_N,), 0, tl.int64)
+            if HAS_TIME:
+                k_time = tl.load(SlotTimes + page * time_page + keys % PAGE)
+            bias = paged_bias(
+                Position, TimeBias, Cells, position, keys, q_time, k_time, positions, head, position_head, time_head,
+                HAS_POSITION, HAS_TIME,
+            )  # fmt: skip
+            if D_PAD == D:
+                k = tl.load(keys_of_head + k_rows[None, :] + dims[:, None])
+            else:
+                k = tl.load(keys_of_head + k_rows[None, :] + dims[:, None], mask=dims[:, None] < D, other=0.0)
+            half = tl.dot(q, k, input_precision=PRECISION) * half_scale + bias
+            weights = silu_of_half(half, EXACT).to(q.dtype)
+            if DV_PAD == DV:
+                v = tl.load(values_of_head + v_rows[:, None] + value_dims[None, :])
+            else:
+                v = tl.load(values_of_head + v_rows[:, None] + value_dims[None, :], mask=value_dims[None, :] < DV, other=0.0)
+            acc = tl.dot(weights, v, acc, input_precision=PRECISION)
+
+        # The diagonal and the end of the history.
+        for n0 in range(full_end, end, BLOCK_N):
+            keys = n0 + near
+            written = keys < end
+            page = tl.load(table + keys // PAGE, mask=written, other=0).to(tl.int64)
+            k_rows = page * k_page + (keys % PAGE) * k_slot
+            v_rows = page * v_page + (keys % PAGE) * v_slot
+            k_time = tl.full((BLOCK_N,), 0, tl.int64)
+            if HAS_TIME:
+                k_time = tl.load(SlotTimes + page * time_page + keys % PAGE, mask=written, other=0)
+            bias = paged_bias(
+                Position, TimeBias, Cells, position, keys, q_time, k_time, positions, head, position_head, time_head,
+                HAS_POSITION, HAS_TIME,
+            )  # fmt: skip
+            k = tl.load(
+                keys_of_head + k_rows[None, :] + dims[:, None], mask=written[None, :] & (dims[:, None] < D), other=0.0
+            )
+            half = tl.dot(q, k, input_precision=PRECISION) * half_scale + bias
+            allowed = keys[None, :] <= last_key[:, None]
+            if NUM_CONTEXT > 1:
+                allowed = allowed | ((position[:, None] < NUM_CONTEXT) & (keys[None, :] < least(NUM_CONTEXT, seq_len)))
+            allowed = allowed & written[None, :]
+            weights = silu_of_half(tl.where(allowed, half, 0.0), EXACT).to(q.dtype)
+            # Slots that no token was written to may hold anything, and 0 x NaN is NaN: they are not even loaded.
+            v = tl.load(
+                values_of_head + v_rows[:, None] + value_dims[None, :],
+                mask=written[:, None] & (value_dims[None, :] < DV), other=0.0,
+            )  # fmt: skip
+            acc = tl.dot(weights, v, acc, input_precision=PRECISION)
+
+        if HAS_CANDIDATES:
+            if split == 0:
+                k_own = tl.load(
+                    OwnKeys + (start + rows[:, None]) * own_k_row + head * own_k_head + dims[None, :],
+                    mask=real[:, None] & (dims[None, :] < D), other=0.0,
+                )  # fmt: skip
+                v_own = tl.load(
+                    OwnValues + (start + rows[:, None]) * own_v_row + head * own_v_head + value_dims[None, :],
+                    mask=real[:, None] & (value_dims[None, :] < DV), other=0.0,
+                )  # fmt: skip
+                half = tl.reduce(q.to(tl.float32) * k_own.to(tl.float32), 1, add) * half_scale
+                if HAS_POSITION:
+                    half += 0.5 * tl.load(Position + head * position_head).to(tl.float32)
+                if HAS_TIME:
+                    half += 0.5 * tl.load(TimeBias + head * time_head).to(tl.float32)
+                acc += silu_of_half(half, EXACT)[:, None] * v_own.to(tl.float32)
+
+        o_rows = Out + ((split.to(tl.int64) * total + start + rows[:, None]) * heads + head) * DV + value_dims[None, :]
+        tl.store(o_rows, (acc * out_scale).to(Out.dtype.element_ty), mask=real[:, None] & (value_dims[None, :] < DV))
+
+
+@triton.jit(do_not_specialize=["splits"])
+def sum_splits_kernel(Parts, Out, size, splits, BLOCK: tl.constexpr):
+    """Out = sum of the `splits` parts of `size` elements, in order: the same result every time."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.full((BLOCK,), 0.0, tl.float32)
+    for split in range(splits):
+        total += tl.load(Parts + split * size.to(tl.int64) + at, mask=at < size, other=0.0)
+    tl.store(Out + at, total.to(Out.dtype.element_ty), mask=at < size)
+
+
+def _default_tiles(q: Tensor, d: int, max_queries: int, max_keys: int, programs: int) -> PagedTiles:
+    if interpreted():
+        return PagedTiles(16, 16, splits=2 if max_keys > 32 else 1)
+    if q.dtype == torch.float32:
+        block_m, block_n, warps, stages = 16, 32, 4, 2
+    elif max_queries <= 16:
+        block_m, block_n, warps, stages = 16, 64, 4, 4 if d <= 64 else 3
+    elif max_queries <= 64:
+        block_m, block_n, warps, stages = 64, 64, 4, 3
+    else:
+        block_m, block_n, warps, stages = 128, 64, 8, 3
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    programs *= triton.cdiv(max_queries, block_m)
+    wanted = processors * (8 if block_m == 16 else 2)
+    splits = max(1, min(wanted // max(programs, 1), triton.cdiv(max_keys, 4 * block_n), 32))
+    return PagedTiles(block_m, block_n, warps, stages, splits)
+
+
+def attention_paged(
+    q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, query_offsets: Tensor, seq_lens: Tensor, *,
+    divisor: float, bias: RelativeBias | None = None, query_times: Tensor | None = None, slot_times: Tensor | None = None,
+    candidates: tuple[Tensor, Tensor] | None = None, num_context: int = 0, max_queries: int | None = None,
+    tiles: PagedTiles | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of new queries over a paged KV cache; shapes as in `hstu_lab.ops.reference.attention_paged`.
+
+    `max_queries` bounds the queries of one sequence; without it the number is read back from the device, which waits for it
+    (and cannot be captured in a CUDA graph). Raises TypeError or ValueError for what the kernel does not take.
+    """
+    check_dtype(q=q, key_cache=key_cache, value_cache=value_cache)
+    total, heads, d = q.shape
+    dv, page = value_cache.shape[3], key_cache.shape[1]
+    batch = query_offsets.shape[0] - 1
+    if page & (page - 1):
+        raise ValueError(f"block_size is {page}: the paged kernel takes powers of two")
+    out = torch.empty(total, heads, dv, dtype=q.dtype, device=q.device)
+    if total == 0:
+        return out
+    if max_queries is None:
+        max_queries = total if batch == 1 else int(query_offsets.diff().max())
+    time = bias.time if bias else None
+    position = bias.position if bias else None
+    if time is not None and (query_times is None or slot_times is None):
+        raise ValueError("query_times or slot_times is None: a time bias needs the time of every token")
+    tiles = tiles or _default_tiles(q, max(d, dv), max_queries, block_table.shape[1] * page, batch * heads)
+    own_k, own_v = candidates or (None, None)
+    if any(t is not None and t.stride(-1) != 1 for t in (q, key_cache, value_cache, own_k, own_v, block_table, slot_times)):
+        raise ValueError("the last dimension of q, the caches, the block table and the candidates must be contiguous")
+    cells = None if time is None else bucket_tables(time.shape[1], q.device)[1]
+    parts = out if tiles.splits == 1 else torch.empty(tiles.splits, *out.shape, dtype=torch.float32, device=q.device)
+    tiles_m = triton.cdiv(max_queries, tiles.block_m)
+    strides = [*q.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3], 0 if time is None else slot_times.stride(0)]
+    for own in (own_k, own_v):
+        strides += [0, 0] if own is None else own.stride()[:2]
+    strides += [0 if table is None else table.stride(0) for table in (position, time)]
+    paged_kernel[(heads * tiles.splits, batch * tiles_m)](
+        q, key_cache, value_cache, parts, block_table, query_offsets, seq_lens, query_times, slot_times, own_k, own_v,
+        position, time, cells, *strides, block_table.stride(0), total, heads, tiles_m, tiles.splits,
+        0 if position is None else position.shape[1], 0.5 * d**-0.5, 1 / divisor,
+        D=d, DV=dv, D_PAD=max(16, triton.next_power_of_2(d)), DV_PAD=max(16, triton.next_power_of_2(dv)), PAGE=page,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, NUM_CONTEXT=num_context, HAS_CANDIDATES=candidates is not None,
+        HAS_POSITION=position is not None, HAS_TIME=time is not None, EXACT=q.dtype == torch.float32 or interpreted(),
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+    if tiles.splits > 1:
+        block = 1024
+        sum_splits_kernel[(triton.cdiv(out.numel(), block),)](parts, out, out.numel(), tiles.splits, BLOCK=block)
+    return out
