@@ -25,6 +25,8 @@ START = 1_704_067_200
 POPULARITY = 1.2
 """Exponent of Zipf's law over series."""
 TASTE_DIM = 8
+DRIFT = 0.96
+"""Correlation of a user's tastes in one session with those in the next."""
 MOST_CATEGORIES = 500
 FOLLOWED = 4
 """Series that a user follows at a time; a new one displaces the one not seen for longest."""
@@ -231,7 +233,8 @@ class _Walk:
         self.left[starting] = 1 + rng.geometric(1 / (SESSION_EVENTS - 1), size=n)
         self.session[starting] += 1
         self.device[starting] = rng.choice(len(DEVICES), p=[0.6, 0.25, 0.15], size=n)
-        self.taste[starting] = 0.96 * self.taste[starting] + 0.28 * rng.normal(size=(n, self.taste.shape[1]))
+        news = (1 - DRIFT**2) ** 0.5 * rng.normal(size=(n, self.taste.shape[1]))
+        self.taste[starting] = DRIFT * self.taste[starting] + news
         categories = np.broadcast_to(np.arange(self.taste.shape[1]), (n, self.taste.shape[1]))
         self.focus[starting] = _choose_one(2.0 * self.taste[starting], categories, rng)
 

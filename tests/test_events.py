@@ -388,6 +388,22 @@ def test_random_damage_raises_nothing_but_events_error(tmp_path, name, damage):
         assert report.rows == report.kept + lost
 
 
+def test_a_flipped_bit_in_a_parquet_page_is_noticed(tmp_path):
+    path = tmp_path / "log.parquet"
+    log = read_rows(tmp_path, [{**ROW, "item": f"i{i}", "timestamp": 7 * i, "dwell": 0.1 * i} for i in range(200)])
+    write_events(log, path)
+    content = path.read_bytes()
+    pages = len(content) - 8 - int.from_bytes(content[-8:-4], "little")  # the footer's length stands before the last 4 bytes
+    noticed = 0
+    for at in range(4, pages, 29):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :])
+        try:
+            assert_same(log, read_events(path, log.catalog, now=NOW))
+        except EventsError:
+            noticed += 1
+    assert noticed > 10
+
+
 @pytest.mark.parametrize("path", ["log.txt", "missing/log.jsonl", "missing/log.parquet"])
 def test_a_log_that_cannot_be_written_gives_one_clear_line(tmp_path, path):
     log = read_rows(tmp_path, [ROW])

@@ -5,6 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from hstu_lab import synthetic
 from hstu_lab.config import ACTIONS, PRESETS, ModelConfig, preset
 from hstu_lab.event_log import EventsError
 from hstu_lab.events import read_events, task_labels, write_sample
@@ -102,18 +103,23 @@ def test_popularity_follows_zipf(world, log):
     assert -1.5 < seen_slope < -0.3  # flatter than the weights, because nobody meets the head twice
 
 
-def test_tastes_differ_and_drift(world, log):
-    def tastes(part, parts=5):
+def test_tastes_differ_and_drift(world, log, monkeypatch):
+    def tastes(log, part, parts=5):
         histograms = np.zeros((len(log), world.category.max() + 1))
         for i in range(len(log)):
             items = np.array_split(log.history(i).items, parts)[part]
             np.add.at(histograms[i], world.category[items], 1)
         return histograms / np.linalg.norm(histograms, axis=1, keepdims=True)
 
-    first, second, last = tastes(0), tastes(1), tastes(4)
-    next_to, far, strangers = ((first * other).sum(1).mean() for other in (second, last, np.roll(second, 1, axis=0)))
-    assert next_to > far + 0.05
+    def similarity(log, a, b, shift=0):
+        return (tastes(log, a) * np.roll(tastes(log, b), shift, axis=0)).sum(1).mean()
+
+    near, far, strangers = similarity(log, 0, 1), similarity(log, 0, 4), similarity(log, 0, 4, shift=1)
+    assert near > far + 0.05
     assert far > strangers + 0.05
+    monkeypatch.setattr(synthetic, "DRIFT", 1.0)
+    steady = world.generate(len(log))
+    assert similarity(steady, 0, 4) > far + 0.05
 
 
 def hit_rate(log, scores, k=10):
