@@ -13,6 +13,7 @@ import time
 
 import nbformat
 import pytest
+from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import sync_playwright
 
 from hstu_lab import environment
@@ -65,11 +66,13 @@ class Lab:
             yield page, page.evaluate(OPEN_AND_RUN, [notebook.name, RUN_MS])
         except BaseException:
             picture = self.root / f"{notebook.stem}.png"
-            page.screenshot(path=picture)
-            print(f"screenshot: {picture}")
+            with contextlib.suppress(PlaywrightError):  # the failure itself matters more
+                page.screenshot(path=picture)
+                print(f"screenshot: {picture}")
             raise
         finally:
-            page.evaluate("window.jupyterapp?.serviceManager.sessions.shutdownAll()")
+            with contextlib.suppress(PlaywrightError):
+                page.evaluate("window.jupyterapp?.serviceManager.sessions.shutdownAll()")
             page.close()
 
 

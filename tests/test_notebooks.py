@@ -13,7 +13,8 @@ from hstu_lab import checks
 FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 LONGEST_CELL = 14
-SOLUTION = re.compile(r"<details>\s*<summary>Solution</summary>\s*```python\n(.*?)```\s*</details>", re.DOTALL)
+SOLUTION = re.compile(r"<details>\s*<summary>Solution</summary>(.*?)</details>", re.DOTALL)
+FENCED = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 IN_SOURCE = {
     r"\bsys\.path\b": "changes sys.path",
     r"(^|\s)[%!]?\s*(python -m )?(uv )?pip3? install": "installs packages",
@@ -91,7 +92,7 @@ def exercise(notebook, cell) -> tuple[str, str, str]:
         case _:
             raise AssertionError(f'the last line of an exercise is checks.check("NAME", function), not: {ast.unparse(last)}')
     after = notebook.cells[notebook.cells.index(cell) + 1].source
-    solutions = SOLUTION.findall(after)
+    solutions = [block for folded in SOLUTION.findall(after) for block in FENCED.findall(folded)]
     assert len(solutions) == 1, f"exercise {name}: {len(solutions)} folded solutions in the next cell in place of one"
     assert re.search(r"hint", after, re.I), f"exercise {name}: no hint"
     around = after + notebook.cells[notebook.cells.index(cell) - 1].source
