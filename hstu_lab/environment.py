@@ -337,10 +337,17 @@ def _strategy(name: str, missing: str) -> Strategy:
 
 
 def _version(distribution: str) -> str:
+    """The installed version, "" if there is none; torch's with its build, e.g. 2.13.0+cu130, which its metadata does not say."""
     try:
-        return importlib.metadata.version(distribution)
+        version = importlib.metadata.version(distribution)
+        if distribution == "torch" and (spec := importlib.util.find_spec("torch")):
+            text = pathlib.Path(spec.origin).with_name("version.py").read_text()
+            version = re.search(r"^__version__ = '(.+)'$", text, re.MULTILINE)[1]
+        return version
     except importlib.metadata.PackageNotFoundError:
         return ""
+    except (OSError, TypeError):  # no version.py, or not the layout known today
+        return version
 
 
 # ---- hardware

@@ -9,8 +9,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from hstu_lab import environment
+from hstu_lab import environment, strategies
+from hstu_lab.settings import STRATEGIES
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -32,12 +34,18 @@ def executable(path: pathlib.Path, text: str) -> pathlib.Path:
 
 def test_doctor_sees_what_is_installed():
     found = environment.doctor()
-    for name, distribution in {"torch": "torch", "torchrec": "torchrec", "onnxruntime": "onnxruntime"}.items():
-        assert (found[name].state, found[name].version) == ("ready", importlib.metadata.version(distribution))
+    assert (found["torch"].state, found["torch"].version) == ("ready", torch.__version__)
+    for name in ("torchrec", "onnxruntime"):
+        assert (found[name].state, found[name].version) == ("ready", importlib.metadata.version(name))
         assert found[name].remedy == ""
-    assert {s.name: s.available for s in found.strategies}["eager"]
     with pytest.raises(KeyError, match=r"no engine 'torhc'; known: torch, "):
         found["torhc"]
+
+
+def test_doctor_and_recommender_agree_on_strategies():
+    found = {strategy.name: strategy.available for strategy in environment.doctor().strategies}
+    assert found == {name: strategies.missing(name) is None for name in STRATEGIES if name != "auto"}
+    assert found["eager"]
 
 
 def test_doctor_is_quick_and_imports_no_engine():
@@ -92,7 +100,7 @@ def test_two_builds_of_fbgemm_are_reported(tmp_path, monkeypatch):
 def test_banner_is_short_and_starts_with_versions():
     banner = environment.banner()
     assert 3 <= len(banner.lines) <= 4
-    assert f"torch {importlib.metadata.version('torch')}" in banner.lines[0]
+    assert f"torch {torch.__version__}" in banner.lines[0]
     assert "strategies here: eager" in banner.lines[-1]
     assert str(banner) == repr(banner) == str(environment.banner())
     assert environment.Banner(("a < b",))._repr_html_() == "<pre>a &lt; b</pre>"
