@@ -92,6 +92,151 @@ def _one_stage_faster(answer):
     expect(stages["stack"] == 6.0, "the stages you were given were changed: compute a new total instead")
 
 
+# 01_events_and_tables
+
+
+@register("bucketed-waste")
+def _bucketed_waste(answer):
+    expect_close(answer([1, 3, 2], 3), 3 / 9, "one batch of three, padded to 3 each: 9 slots hold 6 events")
+    expect_close(answer([4, 4, 4], 2), 0.0, "equal lengths need no padding")
+    expect_close(answer([1, 9, 1, 9], 2), 0.0, "sort first: then the short ones share a batch and nothing is padded")
+    expect_close(answer([5, 2, 4, 1, 3], 2), 2 / 17, "the last batch may be smaller: 2 x 2 + 2 x 4 + 1 x 5 slots hold 15 events")
+    expect_close(answer([10, 2, 9, 1], 2), 2 / 24, "neighbours in size share a batch: 1 with 2 and 9 with 10")
+    expect_close(answer([0, 0], 2), 0.0, "histories without events take no slots: nothing is wasted, and nothing to divide by")
+    lengths = [3, 1, 2]
+    answer(lengths, 2)
+    expect(lengths == [3, 1, 2], "the lengths you were given were reordered: sort a copy")
+
+
+@register("users-within-budget")
+def _users_within_budget(answer):
+    from hstu_lab.config import preset
+    from hstu_lab.tables import parameter_groups
+
+    def weighs(config, users, width):
+        return width * sum(group.count for group in parameter_groups(config.replace(num_users=users)))
+
+    budgets = ("small", 2_000_000, 4), ("gr-3b", 24 * 10**9, 4), ("gr-3b", 8 * 10**9, 2), ("ml-1m", 10**6, 4)
+    for name, budget, width in budgets:
+        config = preset(name)
+        users = answer(budget, width, config)
+        said = f"{name} with {users!r} users and {width} bytes a parameter"
+        expect(type(users) is int, f"{users!r} users: give a whole number, rounded down")
+        expect(weighs(config, users, width) <= budget, f"{said} weighs {weighs(config, users, width):,} bytes, over {budget:,}")
+        expect(weighs(config, users + 1, width) > budget, f"{said} leaves room for one more in {budget:,} bytes")
+    expect(answer(1000, 4, preset("small")) == 0, "the rest of the model alone is over 1,000 bytes: no user fits")
+
+
+# 02_hstu_model
+
+
+@register("biased-attention")
+def _biased_attention(answer):
+    import torch
+
+    from hstu_lab.ops import reference
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 9, 8, generator=generator)
+    bias = torch.randn(9, 9, generator=generator)
+    position = torch.arange(9)
+    heads = (x.unsqueeze(0) for x in (q, k, v))
+    truth = reference.pointwise_attention(*heads, reference.visible(position, position), bias, 32)[0]
+    got = answer(q, k, v, bias, 32)
+    expect(isinstance(got, torch.Tensor) and got.shape == v.shape, f"give one row a position: {tuple(v.shape)}")
+    expect(torch.allclose(got[0], truth[0], atol=1e-5), "the first position sees itself only: is the future masked?")
+    expect(torch.allclose(answer(q, k, v, 0 * bias, 32) * 2, answer(q, k, v, 0 * bias, 16), atol=1e-5), "divide by max_seq_len")
+    expect(torch.allclose(got, truth, atol=1e-5), "the bias is added to the scaled scores, before the SiLU")
+
+
+@register("hit-rate")
+def _hit_rate(answer):
+    import torch
+
+    scores = torch.tensor([[0.0, 3.0, 2.0, 1.0], [0.0, 1.0, 1.0, 1.0]])
+    targets, nothing = torch.tensor([2, 3]), [[], []]
+    expect_close(answer(scores, targets, nothing, 2), 0.5, "item 2 is second in row one; three items tie in row two, 3 is third")
+    expect_close(answer(scores, targets, nothing, 1), 0.0, "neither target is the very best")
+    expect_close(answer(scores, targets, [[1], []], 1), 0.5, "item 1 has been seen: item 2 becomes the best of row one")
+    expect_close(answer(scores, targets, [[], [1, 2]], 3), 1.0, "with 1 and 2 seen, item 3 leads row two")
+    expect_close(answer(scores, targets, nothing, 1), 0.0, "the scores must not be changed by an earlier call")
+
+
+# 06_onnx_export
+
+
+@register("recent-mean")
+def _recent_mean(answer):
+    import onnxruntime
+    import torch
+
+    from hstu_lab.onnx_export import quiet
+
+    class Answer(torch.nn.Module):
+        def forward(self, x, lengths):
+            return answer(x, lengths)
+
+    def histories(*lengths):
+        generator = torch.Generator().manual_seed(len(lengths))
+        return torch.randn(len(lengths), max(lengths) + 2, 3, generator=generator), torch.tensor(lengths)
+
+    def truth(x, lengths):
+        return torch.stack([row[max(n - 4, 0) : n].mean(dim=0) for row, n in zip(x, lengths.tolist())])
+
+    batches = [histories(3), histories(1, 4, 5, 12), histories(30, 2)]
+    for x, lengths in batches:
+        mean = answer(x, lengths)
+        expect(isinstance(mean, torch.Tensor) and mean.shape == (len(x), 3), f"the answer is {type(mean).__name__}, not (B, D)")
+        expect(
+            torch.allclose(mean, truth(x, lengths), atol=1e-5),
+            f"in PyTorch already, lengths {lengths.tolist()} are wrong: padding must not count, nor events before the last 4",
+        )
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    with quiet():
+        program = torch.onnx.export(
+            Answer().eval(), (torch.ones(2, 5, 3), torch.tensor([3, 5])), input_names=["x", "lengths"], dynamo=True,
+            dynamic_shapes={"x": {0: batch, 1: length}, "lengths": {0: batch}}, verbose=False,
+        )  # fmt: skip
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    shape = session.get_inputs()[0].shape
+    expect(shape[:2] == ["batch", "length"], f"the file's x is {shape}: a Python number fixed what should be dynamic")
+    for x, lengths in batches:
+        (mean,) = session.run(None, {"x": x.numpy(), "lengths": lengths.numpy()})
+        expect(
+            torch.allclose(torch.from_numpy(mean), truth(x, lengths), atol=1e-5),
+            f"right in PyTorch, but the file is wrong for lengths {lengths.tolist()}: something was decided during the export",
+        )
+
+
+# 09_vllm_serving
+
+
+@register("tokens-to-compute")
+def _tokens_to_compute(answer):
+    old = list(range(100, 140))
+    expect(answer([], old, 16) == 40, "nothing is cached yet: every token is computed")
+    expect(answer(old, [*old, 7], 16) == 9, "of 40 cached tokens 2 whole blocks of 16 are reused; 41 - 32 are computed")
+    expect(answer(old, [*old, 7], 8) == 1, "blocks of 8: all 40 tokens are reused, the new one is computed")
+    expect(answer(old[:32], old[:32], 16) == 16, "an answer needs the last token's hidden state: its block is computed again")
+    changed = [*old[:20], 7, *old[21:]]
+    expect(answer(old, changed, 16) == 24, "one token differs: its block and all after it are computed, the block before is not")
+    expect(answer(old, old[1:], 16) == 39, "the first token is gone, so no prefix is shared, though 39 tokens are the same")
+    expect(answer(old, old[:20], 16) == 4, "a shorter prompt shares one whole block")
+
+
+@register("users-that-fit")
+def _users_that_fit(answer):
+    tiny = {"layers": 2, "heads": 2, "head_size": 16}
+    expect(
+        answer(2**20, 32, **tiny) == 63,
+        "a block is 2 layers x 16 tokens x 2 heads x 32 values x 4 bytes = 8 KiB; 1 is vLLM's own",
+    )
+    expect(answer(2**20, 33, **tiny) == 42, "33 tokens hold 3 blocks: a block belongs to one history")
+    expect(answer(2**20, 32, **tiny, value_bytes=2) == 127, "half the bytes a value: twice the blocks")
+    expect(answer(2**20 - 1, 32, **tiny) == 63, "127 whole blocks: 126 for requests")
+    expect(answer(16384, 33, **tiny) == 0, "two blocks in all: none fits")
+
+
 # 11_unified_pipeline
 
 
@@ -104,9 +249,7 @@ def _may_swap(answer):
     expect(answer([3, 8, 5], [3, 5, 8], scores, 1e-3) is False, "8 and 5 are far apart: no rounding error swaps them")
     expect(answer([3, 8, 5], [3, 8, 2], scores, 1e-3) is False, "2 took the place of 5, whose score is far above")
     expect(answer([3, 8, 5], [3, 8], scores, 1e-3) is False, "a shorter list does not agree")
-    expect(
-        answer([3, 8, 5], [3, 3, 5], scores, 1e-3) is False, "3 appears twice and 8 is gone: a list has distinct items"
-    )
+    expect(answer([3, 8, 5], [3, 3, 5], scores, 1e-3) is False, "3 appears twice and 8 is gone: a list has distinct items")
 
 
 @register("largest-batch")

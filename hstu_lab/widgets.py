@@ -6,13 +6,17 @@ Milliseconds everywhere. A stage has the same colour in every figure (Okabe and 
 from __future__ import annotations
 
 import io
+import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
 import ipywidgets
 import matplotlib
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as _Figure
+
+from hstu_lab.ops import reference
 
 STYLE = {
     "font.size": 10,
@@ -188,3 +192,305 @@ def latency_explorer(recommender, histories: Sequence) -> Explorer:
         style={"description_width": "initial"}, continuous_update=False,
     )  # fmt: skip
     return Explorer("latency", draw, user=users, length=length)
+
+
+# 01_events_and_tables
+
+PART_COLOURS = {
+    "items": "#0072b2",
+    "side features": "#56b4e9",
+    "users": "#009e73",
+    "encoder": "#f0e442",
+    "stack": "#d55e00",
+    "heads": "#cc79a7",
+    "feed-forward": "#999999",
+}
+
+
+def parameter_parts(config) -> dict[str, int]:
+    """The parameter calculator's groups, summed into parts: items, side features, users, encoder, stack, heads."""
+    from hstu_lab.tables import parameter_groups
+
+    tables = {"tables.item": "items", "tables.user": "users"}
+    parts: dict[str, int] = {}
+    for group in parameter_groups(config):
+        top = group.name.split(".")[0]
+        part = tables.get(group.name, "side features") if top == "tables" else top
+        parts[part] = parts.get(part, 0) + group.count
+    return parts
+
+
+def parameter_bars(models: Mapping[str, Mapping[str, int]]) -> Figure:
+    """Parameters (modelled) of models: {model: {part: count}}, the parts being those of `PART_COLOURS`.
+
+    Above, one stacked bar a model on a linear axis. Below, the last model's parts on a logarithmic axis, with their bytes.
+    """
+    parts = list(models.values())[-1]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(8.5, 1.9 + 0.34 * (len(models) + len(parts)))
+        linear, logarithmic = figure.subplots(2, 1, height_ratios=(len(models) + 0.4, len(parts)))
+        starts = dict.fromkeys(models, 0.0)
+        for part, colour in PART_COLOURS.items():
+            widths = [model.get(part, 0) / 1e9 for model in models.values()]
+            if any(widths):
+                linear.barh(list(models), widths, left=list(starts.values()), color=colour, label=part, **_EDGE)
+            starts = {name: start + width for (name, start), width in zip(starts.items(), widths)}
+        for row, total in enumerate(starts.values()):
+            linear.annotate(
+                f"{total:.2f} B" if total >= 0.1 else f"{1000 * total:.3g} M",
+                (total, row),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                weight="bold",
+            )
+        linear.set(title="Parameters in billions (modelled)", xlim=(0, max(starts.values()) * 1.12 or 1))
+        logarithmic.barh(list(parts), list(parts.values()), color=[PART_COLOURS[part] for part in parts], **_EDGE)
+        for row, count in enumerate(parts.values()):
+            text = f"{count:,}: {_bytes(4 * count)} in fp32, {_bytes(2 * count)} in fp16"
+            logarithmic.annotate(text, (count, row), (4, 0), textcoords="offset points", va="center", fontsize=9)
+        most = max(parts.values())
+        logarithmic.set(
+            xscale="log", xlim=(max(min(parts.values()), 1) / 4, most * (4 * most / max(min(parts.values()), 1)) ** 0.9)
+        )
+        logarithmic.set(xlabel="parameters, logarithmic", title=f"{list(models)[-1]}, part by part")
+        for axes in (linear, logarithmic):
+            axes.invert_yaxis()
+            axes.grid(axis="y", visible=False)
+        figure.legend(*linear.get_legend_handles_labels(), loc="outside upper right", ncols=7, frameon=False, fontsize=9)
+    return figure
+
+
+def _bytes(count: float) -> str:
+    """Bytes in decimal units, three digits: 12.8 GB."""
+    power = min(int(math.log10(max(count, 1) * 1.0005) // 3), 4)
+    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def parameter_explorer(config) -> Explorer:
+    """Choose width, layers, items and users of a model like `config`; see what it weighs. Sizes that cannot work say why.
+
+    CSS classes: parameters-d-model, parameters-layers, parameters-items, parameters-users, parameters-label, parameters-image.
+    """
+
+    def draw(d_model: int, layers: int, items: int, users: int) -> tuple[str, _Figure]:
+        head = d_model // config.num_heads
+        parts = parameter_parts(
+            config.replace(d_model=d_model, num_layers=layers, num_items=items, num_users=users, d_qk=head, d_v=head)
+        )
+        total = sum(parts.values())
+        tables = sum(count for part, count in parts.items() if part in ("items", "side features", "users"))
+        text = f"{total:,} parameters: {_bytes(4 * total)} in fp32, {_bytes(2 * total)} in fp16; {tables / total:.1%} in tables"
+        return text, parameter_bars({"this model": parts})
+
+    def slider(name: str, value: int, choices: Sequence[int]) -> ipywidgets.SelectionSlider:
+        options = [(f"{n:,}", n) for n in sorted({*choices, value})]
+        style = {"description_width": "initial"}
+        return ipywidgets.SelectionSlider(
+            options=options, value=value, description=name, style=style, layout={"width": "60%"}, continuous_update=False
+        )
+
+    sizes = [digit * 10**power for power in range(3, 8) for digit in (1, 3)]
+    return Explorer(
+        "parameters", draw,
+        d_model=slider("d_model", config.d_model, [config.num_heads * n for n in (4, 8, 16, 32, 64, 128)]),
+        layers=slider("layers", config.num_layers, range(1, 49)),
+        items=slider("items", config.num_items, [n for n in sizes if n <= 10**6]),
+        users=slider("users", config.num_users, [0, *sizes]),
+    )  # fmt: skip
+
+
+# 09_vllm_serving
+
+PREFILL, DECODE, EMPTY, WAITING = "#56b4e9", "#0072b2", "#e69f00", "#d55e00"
+
+
+def prefix_reuse(rows: Mapping[int, tuple[int, int]], predicted: Mapping[int, int] | None = None) -> Figure:
+    """What a returning user costs: rows is {events: (prompt tokens, cached tokens)}; dots are tokens computed, one a visit.
+
+    predicted: {events: tokens to compute}, drawn as a line. The axis of tokens is logarithmic.
+    """
+    events = sorted(rows)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(7.5, 3.4)
+        axes = figure.subplots()
+        axes.plot(events, [rows[n][0] for n in events], color="#999999", label="whole prompt (no cache)")
+        if predicted:
+            axes.plot(sorted(predicted), [predicted[n] for n in sorted(predicted)], color=DECODE, linewidth=1, label="predicted")
+        computed = [rows[n][0] - rows[n][1] for n in events]
+        axes.plot(events, computed, ".", color=WAITING, markersize=4, label="computed by vLLM")
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:.0f}")
+        axes.set(xlabel="events of history at this visit", ylabel="tokens", title="Tokens a returning user costs, measured here")
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def serving_steps(steps: Sequence[Sequence[int]], milliseconds: Mapping[str, float]) -> Figure:
+    """Continuous batching: steps lists, for each engine step, the new tokens of every request in it (1: one item generated).
+
+    milliseconds: {way of serving: ms a request}, as bars beside it.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(10, 3.2)
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        number = range(1, len(steps) + 1)
+        decoding = [sum(count == 1 for count in step) for step in steps]
+        reading = [len(step) - count for step, count in zip(steps, decoding)]
+        left.bar(number, decoding, color=DECODE, label="generates an item", width=0.85)
+        left.bar(number, reading, bottom=decoding, color=PREFILL, label="has its history read", width=0.85)
+        left.grid(axis="x", visible=False)
+        left.set(xlabel="engine step", ylabel="requests in the step", title="All at once: who shares a step")
+        figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9)
+        right.barh(list(milliseconds), list(milliseconds.values()), color=["#999999", DECODE], **_EDGE)
+        for row, value in enumerate(milliseconds.values()):
+            right.annotate(f"{value:.1f} ms", (value, row), (4, 0), textcoords="offset points", va="center", weight="bold")
+        right.invert_yaxis()
+        right.grid(axis="y", visible=False)
+        right.set(xlabel="ms a request", title="Measured here", xlim=(0, max(milliseconds.values(), default=0) * 1.3 or 1))
+    return figure
+
+
+def kv_pool(tokens: int, users: int, *, num_blocks: int, block_bytes: int, block_size: int, max_seq_len: int) -> Figure:
+    """A paged KV cache as `users` histories of `tokens` tokens fill it: one row a user, one column a token.
+
+    num_blocks: blocks that requests may hold; block_bytes: keys and values of one block in all layers. Beside it the memory,
+    against room for max_seq_len tokens for everybody.
+    """
+    blocks, fitting = kv_blocks(tokens, users, num_blocks=num_blocks, block_size=block_size)
+    cells = [[0] * max_seq_len for _ in range(users)]
+    for user, row in enumerate(cells):
+        filled, reserved = min(tokens, max_seq_len), min(blocks * block_size, max_seq_len)
+        row[:reserved] = [1] * filled + [2] * (reserved - filled) if user < fitting else [3] * reserved
+    colours = {"no memory held": "#f2f2f2", "a token": DECODE, "empty slot of a block": EMPTY, "waits: no block free": WAITING}
+    mib = block_bytes / 2**20
+    bars = {"paged": fitting * blocks * mib, "all reserved": users * -(-max_seq_len // block_size) * mib}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(10, 3.4)
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        palette = matplotlib.colors.ListedColormap(list(colours.values()))
+        left.imshow(
+            cells, cmap=palette, vmin=0, vmax=3, aspect="auto", interpolation="nearest", extent=(0, max_seq_len, users, 0)
+        )
+        left.set_xticks(range(0, max_seq_len + 1, max(max_seq_len // 8, 1)))
+        left.grid(visible=False)
+        left.set(xlabel="token", ylabel="user", title=f"{fitting} of {users} histories of {tokens} tokens fit")
+        patches = [matplotlib.patches.Patch(color=colour, label=label) for label, colour in colours.items()]
+        figure.legend(handles=patches, loc="outside lower left", ncols=4, frameon=False, fontsize=8)
+        right.barh(list(bars), list(bars.values()), color=[DECODE, "#999999"], **_EDGE)
+        right.axvline(num_blocks * mib, color="#444444", linestyle="--", linewidth=1)
+        for row, value in enumerate(bars.values()):
+            right.annotate(f"{value:.1f} MiB", (value, row), (6, 0), textcoords="offset points", va="center", weight="bold")
+        right.invert_yaxis()
+        right.grid(axis="y", visible=False)
+        right.set(
+            xlabel="MiB", title="Memory (modelled); dashed: the pool", xlim=(0, max(*bars.values(), num_blocks * mib) * 1.25)
+        )
+    return figure
+
+
+def kv_blocks(tokens: int, users: int, *, num_blocks: int, block_size: int) -> tuple[int, int]:
+    """Blocks that a history of `tokens` tokens takes, and how many of `users` such histories the pool holds at once."""
+    blocks = max(-(-tokens // block_size), 1)
+    return blocks, min(users, num_blocks // blocks)
+
+
+def kv_explorer(config, *, num_blocks: int, block_bytes: int, block_size: int = 16) -> Explorer:
+    """Choose the events of a history and the number of users: see whose blocks fit and what they weigh.
+
+    CSS classes: kv-events, kv-users, kv-label, kv-image.
+    """
+
+    def draw(events: int, users: int) -> tuple[str, _Figure]:
+        tokens = events + config.num_context
+        blocks, fitting = kv_blocks(tokens, users, num_blocks=num_blocks, block_size=block_size)
+        held = fitting * blocks
+        text = (
+            f"{tokens} tokens take {blocks} blocks; {fitting} of {users} users fit: {held} of {num_blocks} blocks, "
+            f"{held * block_bytes / 2**20:.1f} MiB"
+        )
+        return text, kv_pool(
+            tokens, users, num_blocks=num_blocks, block_bytes=block_bytes, block_size=block_size, max_seq_len=config.max_seq_len
+        )
+
+    def slider(name: str, value: int, most: int) -> ipywidgets.IntSlider:
+        style = {"description_width": "initial"}
+        return ipywidgets.IntSlider(value=value, min=1, max=most, description=name, style=style, continuous_update=False)
+
+    events = slider("events of history", config.max_history // 2, config.max_history)
+    return Explorer("kv", draw, events=events, users=slider("users at once", 32, 128))
+
+
+# 02_hstu_model
+
+
+def matrices(panels: Mapping[str, Sequence], xlabel: str = "looks at", ylabel: str = "position") -> Figure:
+    """Square pictures side by side: panels is {title: matrix (Q, K)}; one scale of colours for all, white is zero."""
+    values = {title: np.asarray(matrix, dtype=float) for title, matrix in panels.items()}
+    most = max(max(abs(v).max() for v in values.values()), 1e-12)
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(3.3 * len(values) + 0.8, 3.4)
+        for axes, (title, matrix) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items()):
+            image = axes.imshow(matrix, cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest")
+            axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        figure.colorbar(image, ax=figure.axes, shrink=0.8)
+    return figure
+
+
+def quality_bars(scores: Mapping[str, float], metric: str = "HR@10", title: str = "") -> Figure:
+    """One bar a recommender, with its score at the end."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(7.5, 1.0 + 0.42 * len(scores))
+        axes = figure.subplots()
+        axes.barh(list(scores), list(scores.values()), color=["#0072b2", *["#999999"] * (len(scores) - 1)], **_EDGE)
+        for row, score in enumerate(scores.values()):
+            axes.annotate(f"{score:.3f}", (score, row), (4, 0), textcoords="offset points", va="center", weight="bold")
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set(xlabel=metric, title=title, xlim=(0, max(scores.values()) * 1.15 or 1))
+    return figure
+
+
+def attention_weights(model, tokens: Sequence[int]) -> list:
+    """What every layer's attention weighs one history with: per layer (H, N, N), SiLU(scores + bias) / max_seq_len, causal.
+
+    tokens: of `tokens.encode_history`.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    tokens = torch.as_tensor(tokens)
+    offsets, position = torch.tensor([0, len(tokens)]), torch.arange(len(tokens))
+    times, weights = model.times(tokens, offsets), []
+    allowed = reference.visible(position, position, model.config.num_context)
+
+    def attend(_, q, k, v, bias):
+        rab = bias(position, position, times, times) if bias else 0
+        scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5 + rab
+        weights.append(F.silu(scores).masked_fill(~allowed, 0) / model.config.max_seq_len)
+        return torch.einsum("hqk,khd->qhd", weights[-1], v)
+
+    with torch.no_grad():
+        model.stack(model.embed(tokens, offsets), attend)
+    return weights
+
+
+def attention_explorer(model, histories: Mapping[str, Sequence[int]]) -> Explorer:
+    """Choose a user, a layer and a head; see what each position weighs. histories is {user: tokens}.
+
+    CSS classes: attention-user, attention-layer, attention-head, attention-label, attention-image.
+    """
+
+    def draw(user: str, layer: int, head: int) -> tuple[str, _Figure]:
+        weights = attention_weights(model, histories[user])[layer - 1][head - 1]
+        share = float((weights < 0).sum() / (weights != 0).sum())
+        figure = matrices({f"{user}: layer {layer}, head {head}": weights})
+        return f"{share:.0%} of the weights are negative: SiLU can push away as well as attract", figure
+
+    config = model.config
+    return Explorer(
+        "attention", draw,
+        user=ipywidgets.Dropdown(options=list(histories), description="user"),
+        layer=ipywidgets.IntSlider(value=1, min=1, max=config.num_layers, description="layer"),
+        head=ipywidgets.IntSlider(value=1, min=1, max=config.num_heads, description="head"),
+    )  # fmt: skip

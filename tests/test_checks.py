@@ -1,5 +1,7 @@
 """A check passes the right answer, tells a wrong one what to look at, and never shows a traceback."""
 
+import math
+
 import pytest
 
 from hstu_lab import checks
@@ -82,7 +84,27 @@ def largest_batch(limit, fixed, per_user):
     return max(int((limit - fixed) // per_user), 0)
 
 
-RIGHT = {"one-stage-faster": amdahl, "may-swap": may_swap, "largest-batch": largest_batch}
+def bucketed_waste(lengths, batch, order=sorted):
+    lengths = order(lengths)
+    parts = [lengths[i : i + batch] for i in range(0, len(lengths), batch)]
+    slots = sum(len(part) * max(part) for part in parts)
+    return 1 - sum(lengths) / slots if slots else 0.0
+
+
+def users_within(num_bytes, width, config, whole=math.floor, counted=lambda group: group.name != "tables.user"):
+    from hstu_lab.tables import parameter_groups
+
+    rest = sum(group.count for group in parameter_groups(config) if counted(group))
+    return max(whole((num_bytes / width - rest) / config.d_model), 0)
+
+
+RIGHT = {
+    "one-stage-faster": amdahl,
+    "bucketed-waste": bucketed_waste,
+    "users-within-budget": users_within,
+    "may-swap": may_swap,
+    "largest-batch": largest_batch,
+}
 
 
 @pytest.mark.parametrize(
@@ -93,6 +115,15 @@ RIGHT = {"one-stage-faster": amdahl, "may-swap": may_swap, "largest-batch": larg
             "one-stage-faster",
             lambda stages, stage, speedup: stages.update({stage: stages[stage] / speedup}) or sum(stages.values()),
         ),
+        ("bucketed-waste", lambda lengths, batch: 1 - sum(lengths) / (len(lengths) * max(lengths) or 1)),
+        ("bucketed-waste", lambda lengths, batch: bucketed_waste(lengths, batch, order=list)),
+        ("bucketed-waste", lambda lengths, batch: bucketed_waste(lengths, batch, order=lambda x: sorted(x, key=str))),
+        ("bucketed-waste", lambda lengths, batch: lengths.sort() or bucketed_waste(lengths, batch)),
+        ("users-within-budget", lambda *size: users_within(*size, counted=lambda group: True)),
+        ("users-within-budget", lambda *size: users_within(*size, counted=lambda group: False)),
+        ("users-within-budget", lambda *size: users_within(*size, whole=math.ceil)),
+        ("users-within-budget", lambda *size: users_within(*size, whole=float)),
+        ("users-within-budget", lambda size, width, config: users_within(size, 4, config)),
         ("may-swap", lambda reference, other, scores, error: reference == other),
         ("may-swap", lambda reference, other, scores, error: set(reference) == set(other)),
         ("may-swap", lambda reference, other, scores, error: True),

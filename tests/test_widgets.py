@@ -94,6 +94,53 @@ def test_an_explorer_redraws_on_change_and_shows_what_went_wrong():
         widgets.Explorer("demo", draw, length=slider)
 
 
+PARTS = {"items": 2_000_000, "users": 3_000_000_000, "stack": 50_000_000}
+
+
+def test_parameters_stack_to_the_total_and_show_their_bytes():
+    linear, logarithmic = widgets.parameter_bars({"described": {"stack": 150_000_000}, "model": PARTS}).axes
+    assert said(linear) == ["0.15 B", "3.05 B"]
+    ends = [p.get_x() + p.get_width() for p in linear.patches]
+    assert max(ends) == pytest.approx(3.052)
+    assert [p.get_width() for p in logarithmic.patches] == list(PARTS.values())
+    assert [label.get_text() for label in logarithmic.get_yticklabels()] == list(PARTS)
+    assert said(logarithmic)[0] == "2,000,000: 8 MB in fp32, 4 MB in fp16"
+    assert said(logarithmic)[1] == "3,000,000,000: 12 GB in fp32, 6 GB in fp16"
+
+
+def test_parts_have_colours_and_add_up():
+    config = preset("tiny")
+    parts = widgets.parameter_parts(config)
+    assert set(parts) <= set(widgets.PART_COLOURS)
+    assert parts["items"] == config.num_items * config.d_model
+    assert parts["side features"] == (17 + 65) * config.d_model
+    assert sum(parts.values()) == sum(p.numel() for p in HSTU(config).parameters())
+
+
+def test_the_parameter_explorer_counts_the_model_that_is_set():
+    explorer = widgets.parameter_explorer(preset("small"))
+    controls = explorer.controls
+    assert explorer.label.value.startswith(
+        f"{sum(widgets.parameter_parts(preset('small')).values()):,} parameters: 1.47 MB in fp32, "
+    )
+    before = bytes(explorer.image.value)
+    for name, value in {"d_model": 128, "layers": 5, "items": 10_000, "users": 0}.items():
+        controls[name].value = value
+    changed = preset("small").replace(d_model=128, num_layers=5, num_items=10_000, num_users=0, d_qk=32, d_v=32)
+    total = sum(p.numel() for p in HSTU(changed).parameters())
+    assert explorer.label.value.startswith(f"{total:,} parameters: ")
+    assert bytes(explorer.image.value) != before
+    controls["items"].value = 1_000_000
+    assert "over 2^31: lower num_time_levels" in explorer.label.value
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (999.6, "1 kB"), (12_345, "12.3 kB"), (12.8e9, "12.8 GB"), (3e15, "3e+03 TB")]
+)
+def test_bytes_are_short(count, text):
+    assert widgets._bytes(count) == text
+
+
 @pytest.fixture(scope="module")
 def recommender(tmp_path_factory):
     config, folder = preset("tiny"), tmp_path_factory.mktemp("checkpoint")
