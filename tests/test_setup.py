@@ -214,6 +214,17 @@ def test_help_lists_every_target(checkout):
     assert {"demo", "test", "lab", "train", "soak", "lock", "clean", "help"} <= set(targets)
 
 
+def test_readme_names_targets_and_variables_that_exist(checkout):
+    readme, makefile = (ROOT / "README.md").read_text(), (checkout / "Makefile").read_text()
+    targets = set(re.findall(r"(?:^\$ |`)make ([a-z-]+)", readme, re.MULTILINE))
+    assert {"demo", "test", "lab", "soak", "lock"} <= targets
+    for target in targets:
+        assert "No rule" not in make(checkout, "-n", target).stderr
+    table = readme[readme.index("| variable of `make`") : readme.index("`requirements/` has")]
+    variables = set(re.findall(r"^\| `([A-Z_]+)`", table, re.MULTILINE))
+    assert variables | {"ARGS"} == set(re.findall(r"^#   ([A-Z_]+) ", makefile, re.MULTILINE))
+
+
 @pytest.mark.parametrize(
     ("python", "message"),
     [
