@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_model import random_model, random_tokens
 
+from hstu_lab import checks
 from hstu_lab.config import RAB_KINDS, preset
 from hstu_lab.model import CheckpointError, load_checkpoint, save_checkpoint
 from hstu_lab.onnx_export import (
@@ -268,6 +269,24 @@ def test_a_part_whose_length_the_exporter_fixed_is_refused():
 
     with pytest.raises(OnnxError, match=r"encoder: the exporter of PyTorch .* fixed the length of rows"):
         _trace("encoder", Averaging(32, 32), preset("tiny"))
+
+
+def loop_mask_mean(x, lengths):
+    keep = torch.stack([(i < lengths) & (i >= lengths - 4) for i in range(x.shape[1])], dim=1)
+    return (x * keep.unsqueeze(2)).sum(dim=1) / keep.sum(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda x, lengths: x[:, -4:].mean(dim=1), "in PyTorch already, lengths [3] are wrong"),
+        (lambda x, lengths: lengths, "not (B, D)"),
+        (loop_mask_mean, "a Python number fixed what should be dynamic"),
+    ],
+)
+def test_the_exercise_tells_what_was_lost(answer, message, capsys):
+    assert not checks.check("recent-mean", answer)
+    assert message in capsys.readouterr().out
 
 
 def test_the_content_hash_follows_what_the_files_hold(tmp_path):
