@@ -200,7 +200,7 @@ class Engine:
     def _add(self, request_id: str, body: dict, params, future: concurrent.futures.Future) -> None:
         try:
             self.engine.add_request(request_id, body, params)
-        except (ValueError, TypeError) as error:
+        except Exception as error:  # whatever its type, it is about this request: the others go on
             future.set_exception(EngineError(f"vLLM refused the request: {error}"))
         else:
             self._waiting[request_id] = future

@@ -92,12 +92,20 @@ class SlotTimes:
         counts = offsets.diff()
         before = (seq_lens - counts - 1).clamp(min=0)
         block = metadata.block_table.gather(1, (before // block_size).unsqueeze(1)).squeeze(1).long()
-        start = torch.where(seq_lens > counts, self.seconds[block, before % block_size], 0)
         running = torch.cat([gaps.new_zeros(1), gaps.cumsum(0)])
-        origin = torch.repeat_interleave(start - running[offsets[:-1]], counts, output_size=len(gaps))
-        times = running[1:] + origin
-        self.seconds.view(-1)[metadata.slots] = times
-        return times
+
+        def last_seconds() -> Tensor:
+            return torch.where(seq_lens > counts, self.seconds[block, before % block_size], 0)
+
+        start = last_seconds()
+        while True:
+            origin = torch.repeat_interleave(start - running[offsets[:-1]], counts, output_size=len(gaps))
+            times = running[1:] + origin
+            self.seconds.view(-1)[metadata.slots] = times
+            # vLLM shares a prefix with requests of the very step that computes it: their start was noted only now.
+            previous, start = start, last_seconds()
+            if start.equal(previous):
+                return times
 
 
 class HSTUAttentionImpl(AttentionImpl):

@@ -69,6 +69,14 @@ def attach_levels(x: Tensor, level: Tensor) -> Tensor:
     return torch.cat([x, digits.to(x.dtype)], dim=-1)
 
 
+def detach_levels(embeds: Tensor) -> tuple[Tensor, Tensor]:
+    """What `attach_levels` joined: embeddings (T, d_model + 2) -> (T, d_model) and levels (T,) int64."""
+    x, digits = embeds.tensor_split([-LEVEL_COLUMNS], dim=-1)
+    # Integers before they are added up: bfloat16 holds 1 x 256 and 255, not their sum.
+    high, low = digits.round().long().unbind(-1)
+    return x, high * _LEVEL_BASE + low
+
+
 class HSTUForRecommendation(nn.Module):
     """HSTU behind vLLM's interface for text-generation models: a token generated is the next item."""
 
@@ -108,9 +116,9 @@ class HSTUForRecommendation(nn.Module):
     ) -> Tensor:
         """Hidden states (T, d_model) of the step's tokens, given as ids (T,) or embeddings (T, d_model + 2)."""
         embeds = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        x, digits = embeds.split([self.config.d_model, LEVEL_COLUMNS], dim=-1)
+        x, level = detach_levels(embeds)
         if self.config.rab == "position+time":
-            self._note_times((digits[:, 0] * _LEVEL_BASE + digits[:, 1]).round().long())
+            self._note_times(level)
 
         def attend(layer, q, k, v, bias):
             # The layer's own bias reaches the backend through hstu_layer: vLLM's call carries only q, k and v.
