@@ -4,7 +4,7 @@
 #   HARDWARE          cpu or gpu: which lock to install               (default: gpu if nvidia-smi works)
 #   TORCH_INDEX_URL   index that has torch's CPU build                (default: PyTorch's own)
 #   TORCH_FIND_LINKS  folder of wheels that has it, instead of an index
-#   ARGS              more flags for demo, train and soak
+#   ARGS              more flags for demo, lab, train and soak
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -38,7 +38,7 @@ test-%: $(TESTABLE)
 	@$(PY) tests/run.py $*
 
 lab: $(READY) ## JupyterLab on the first notebook
-	@$(PY) -m jupyterlab notebooks/00_start_here.ipynb
+	@$(PY) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_start_here.ipynb $(ARGS)
 
 train: $(READY) ## train the small preset on the synthetic world for five minutes
 	@$(PY) -m hstu_lab train $(ARGS)
@@ -51,7 +51,7 @@ lock: $(READY) ## resolve requirements/*.in into the locks again (UPGRADE=1: new
 
 clean: ## remove .venv, caches and reports; data stays
 	rm -rf $(VENV) .build .pytest_cache .ruff_cache .hypothesis *.egg-info
-	find hstu_lab tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+	find . \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 $(READY):
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 here. Install one (Debian, Ubuntu: sudo apt-get install python3.11 python3.11-venv;\
