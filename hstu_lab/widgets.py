@@ -196,6 +196,39 @@ def latency_explorer(recommender, histories: Sequence) -> Explorer:
 
 # 01_events_and_tables
 
+
+def taste_drift(log, user: int, lags: int = 15) -> Figure:
+    """How tastes drift in an `EventLog`: one user's events by session and category, and, for all users, how alike sessions are.
+
+    Alike: the cosine between the numbers of events of each category in two sessions, averaged over users and sessions.
+    """
+    category = log.catalog.features["category"][log.items]
+    mix = np.zeros((len(log), log.sessions.max() + 1, category.max() + 1))
+    np.add.at(mix, (np.repeat(np.arange(len(log)), np.diff(log.offsets)), log.sessions, category), 1)
+    unit = mix / np.maximum(np.linalg.norm(mix, axis=2, keepdims=True), 1)
+
+    def alike(a, b) -> float:
+        return (a * b).sum(2)[a.any(2) & b.any(2)].mean()
+
+    shown = mix[user, : log.history(user).sessions[-1] + 1]
+    shown = shown[:, shown.any(0)]
+    shown = shown[:, np.argsort(np.arange(len(shown)) @ shown / shown.sum(0))]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(10, 3.4)
+        left, right = figure.subplots(1, 2)
+        image = left.imshow(shown.T, cmap="Blues", aspect="auto", interpolation="nearest")
+        figure.colorbar(image, ax=left, label="events")
+        left.grid(visible=False)
+        left.xaxis.get_major_locator().set_params(integer=True)
+        left.set(xlabel="session", ylabel="category, the earliest on top", title=f"What {log.users[user]} looked at", yticks=[])
+        apart = range(1, min(lags, mix.shape[1] - 1) + 1)
+        right.plot(apart, [alike(unit[:, k:], unit[:, :-k]) for k in apart], "o-", color="#0072b2", label="same user")
+        right.axhline(alike(unit, np.roll(unit, 1, axis=0)), color="#999999", linestyle="--", label="two users")
+        right.set(xlabel="sessions apart", ylabel="cosine", title="How alike two sessions are", ylim=(0, None))
+        right.legend(frameon=False, fontsize=9)
+    return figure
+
+
 PART_COLOURS = {
     "items": "#0072b2",
     "side features": "#56b4e9",
