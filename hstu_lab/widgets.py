@@ -387,8 +387,8 @@ def serving_steps(steps: Sequence[Sequence[int]], milliseconds: Mapping[str, flo
 def kv_pool(tokens: int, users: int, *, num_blocks: int, block_bytes: int, block_size: int, max_seq_len: int) -> Figure:
     """A paged KV cache as `users` histories of `tokens` tokens fill it: one row a user, one column a token.
 
-    num_blocks: blocks that requests may hold; block_bytes: keys and values of one block in all layers. Beside it the memory,
-    against room for max_seq_len tokens for everybody.
+    num_blocks: blocks that requests may hold; block_bytes: keys and values of one block in all layers. Beside it what all
+    users together need, against room for max_seq_len tokens for everybody.
     """
     blocks, fitting = kv_blocks(tokens, users, num_blocks=num_blocks, block_size=block_size)
     cells = [[0] * max_seq_len for _ in range(users)]
@@ -397,7 +397,7 @@ def kv_pool(tokens: int, users: int, *, num_blocks: int, block_bytes: int, block
         row[:reserved] = [1] * filled + [2] * (reserved - filled) if user < fitting else [3] * reserved
     colours = {"no memory held": "#f2f2f2", "a token": DECODE, "empty slot of a block": EMPTY, "waits: no block free": WAITING}
     mib = block_bytes / 2**20
-    bars = {"paged": fitting * blocks * mib, "all reserved": users * -(-max_seq_len // block_size) * mib}
+    bars = {"paged": users * blocks * mib, "all reserved": users * -(-max_seq_len // block_size) * mib}
     with matplotlib.rc_context(STYLE):
         figure = Figure(10, 3.4)
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -417,7 +417,9 @@ def kv_pool(tokens: int, users: int, *, num_blocks: int, block_bytes: int, block
         right.invert_yaxis()
         right.grid(axis="y", visible=False)
         right.set(
-            xlabel="MiB", title="Memory (modelled); dashed: the pool", xlim=(0, max(*bars.values(), num_blocks * mib) * 1.25)
+            xlabel="MiB",
+            title="Memory for all (modelled); dashed: the pool",
+            xlim=(0, max(*bars.values(), num_blocks * mib) * 1.25),
         )
     return figure
 

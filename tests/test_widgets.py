@@ -94,6 +94,19 @@ def test_an_explorer_redraws_on_change_and_shows_what_went_wrong():
         widgets.Explorer("demo", draw, length=slider)
 
 
+def test_drift_is_drawn_of_every_session_and_fades():
+    log = events.World(preset("tiny")).generate(60)
+    left, right, _ = widgets.taste_drift(log, 3, lags=8).axes
+    history = log.history(3)
+    shown = left.images[0].get_array()
+    assert shown.sum() == len(history)
+    assert shown.sum(0).tolist() == np.bincount(history.sessions).tolist()
+    assert len(shown) == len(set(log.catalog.features["category"][history.items].tolist()))
+    same, strangers = (line.get_ydata() for line in right.lines)
+    assert len(same) == 8
+    assert 1 > same[0] > same[-1] > strangers[0] > 0
+
+
 PARTS = {"items": 2_000_000, "users": 3_000_000_000, "stack": 50_000_000}
 
 
@@ -183,3 +196,47 @@ def test_lengths_are_timed_on_the_latest_events(recommender, monkeypatch):
     assert set(rows[5]) == set(STAGES)
     assert [len(part) for part in asked] == [1, 1, 1, 5, 5, 5]
     assert (asked[-1].items == history.items[-5:]).all()
+
+
+def test_what_a_returning_user_costs_is_the_prompt_less_the_cache():
+    axes = widgets.prefix_reuse({9: (10, 0), 10: (11, 8), 8: (9, 8)}, {10: 3}).axes[0]
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines["whole prompt (no cache)"] == [[8, 9], [9, 10], [10, 11]]
+    assert lines["computed by vLLM"] == [[8, 1], [9, 10], [10, 3]]
+    assert lines["predicted"] == [[10, 3]]
+    assert len(widgets.prefix_reuse({1: (2, 0)}).axes[0].lines) == 2
+
+
+def test_a_step_shows_who_reads_and_who_generates():
+    left, right = widgets.serving_steps([[30, 12], [1, 5, 9], [1, 1]], {"alone": 8.0, "together": 2.0}).axes
+    assert [p.get_height() for p in left.patches] == [0, 1, 2, 2, 2, 0]  # generating, then reading on top of it
+    assert [p.get_y() for p in left.patches][3:] == [0, 1, 2]
+    assert said(right) == ["8.0 ms", "2.0 ms"]
+
+
+@pytest.mark.parametrize(("tokens", "users", "blocks", "fitting"), [(16, 3, 1, 3), (17, 3, 2, 2), (80, 3, 5, 0), (1, 9, 1, 4)])
+def test_histories_take_whole_blocks_of_the_pool(tokens, users, blocks, fitting):
+    pool = {"num_blocks": 4, "block_size": 16}
+    assert widgets.kv_blocks(tokens, users, **pool) == (blocks, fitting)
+    left, right = widgets.kv_pool(tokens, users, block_bytes=2**20, max_seq_len=96, **pool).axes
+    picture = left.images[0].get_array()
+    assert picture.shape == (users, 96)
+    for user, row in enumerate(picture.tolist()):
+        held = [1] * tokens + [2] * (16 * blocks - tokens) if user < fitting else [3] * 16 * blocks
+        assert row == held + [0] * (96 - 16 * blocks)
+    assert said(right) == [f"{users * blocks}.0 MiB", f"{users * 6}.0 MiB"]
+    assert left.get_title(loc="left") == f"{fitting} of {users} histories of {tokens} tokens fit"
+
+
+def test_the_pool_is_redrawn_for_another_length_or_number_of_users():
+    explorer = widgets.kv_explorer(preset("tiny"), num_blocks=10, block_bytes=8192)
+    events, users = explorer.controls["events"], explorer.controls["users"]
+    assert events.max == preset("tiny").max_history
+    events.value, users.value = 31, 4
+    assert explorer.label.value == "32 tokens take 2 blocks; 4 of 4 users fit: 8 of 10 blocks, 0.1 MiB"
+    before = bytes(explorer.image.value)
+    events.value = 32
+    assert explorer.label.value == "33 tokens take 3 blocks; 3 of 4 users fit: 9 of 10 blocks, 0.1 MiB"
+    assert bytes(explorer.image.value) != before
+    assert ["kv-events"] == [name for name in events._dom_classes if name.startswith("kv-")]
+    assert ["kv-users"] == [name for name in users._dom_classes if name.startswith("kv-")]
