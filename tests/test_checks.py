@@ -98,10 +98,22 @@ def users_within(num_bytes, width, config, whole=math.floor, counted=lambda grou
     return max(whole((num_bytes / width - rest) / config.d_model), 0)
 
 
+def tokens_to_compute(old, new, block_size):
+    common = next((i for i, (a, b) in enumerate(zip(old, new)) if a != b), min(len(old), len(new)))
+    return len(new) - min(common, len(new) - 1) // block_size * block_size
+
+
+def users_that_fit(memory_bytes, tokens, layers, heads, head_size, block_size=16, value_bytes=4):
+    blocks = memory_bytes // (layers * block_size * heads * 2 * head_size * value_bytes)
+    return max(blocks - 1, 0) // -(-tokens // block_size)
+
+
 RIGHT = {
     "one-stage-faster": amdahl,
     "bucketed-waste": bucketed_waste,
     "users-within-budget": users_within,
+    "tokens-to-compute": tokens_to_compute,
+    "users-that-fit": users_that_fit,
     "may-swap": may_swap,
     "largest-batch": largest_batch,
 }
@@ -124,6 +136,13 @@ RIGHT = {
         ("users-within-budget", lambda *size: users_within(*size, whole=math.ceil)),
         ("users-within-budget", lambda *size: users_within(*size, whole=float)),
         ("users-within-budget", lambda size, width, config: users_within(size, 4, config)),
+        ("tokens-to-compute", lambda old, new, size: len(new) - len(old) // size * size),
+        ("tokens-to-compute", lambda old, new, size: len(new) - len(set(old) & set(new)) // size * size),
+        ("tokens-to-compute", lambda old, new, size: tokens_to_compute(old, [*new, -1], size) - 1),
+        ("tokens-to-compute", lambda old, new, size: tokens_to_compute(old, new, 1)),
+        ("users-that-fit", lambda memory, tokens, layers, heads, head_size: memory // (layers * heads * head_size * 8 * tokens)),
+        ("users-that-fit", lambda *sizes, value_bytes=4, **more: users_that_fit(*sizes, **more)),
+        ("users-that-fit", lambda memory, *sizes, **more: users_that_fit(memory + 8192, *sizes, **more)),
         ("may-swap", lambda reference, other, scores, error: reference == other),
         ("may-swap", lambda reference, other, scores, error: set(reference) == set(other)),
         ("may-swap", lambda reference, other, scores, error: True),
