@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
@@ -163,11 +164,11 @@ class Explorer(ipywidgets.VBox):
 
 
 def time_lengths(recommender, history, lengths: Sequence[int], repeats: int = 3) -> dict[int, dict[str, float]]:
-    """Stage times (ms) of a real recommendation from the last n events of `history`, for each n: the median of `repeats` runs."""
+    """Stage times (ms) of real recommendations from the last n events of `history`, for each n: medians of `repeats` runs."""
     rows = {}
     for n in lengths:
         runs = [recommender.recommend(history[len(history) - n :]).stages for _ in range(repeats)]
-        rows[n] = sorted(runs, key=lambda stages: sum(stages.values()))[repeats // 2]
+        rows[n] = {stage: statistics.median(run[stage] for run in runs) for stage in runs[0]}
     return rows
 
 
