@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import torch
 import triton
@@ -18,13 +17,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hstu_lab.ops.reference import RelativeBias, time_thresholds
-from hstu_lab.ops.triton_runtime import add, check_dtype, interpreted, least, most, silu_of_half
+from hstu_lab.ops.triton_runtime import add, capability, check_dtype, interpreted, least, most, silu_of_half, use_tma
 
 CELLS = tl.constexpr(((127 + 31) << 2) + 1)
 """Cells of the float32 numbers 0 .. 2^31 by exponent and two bits of mantissa; those of fractions are never used."""
 
 LADDER = 2
-"""Bucket boundaries that a tile of the fast loop may cross; tiles that cross more look every element up."""
+"""Bucket boundaries that a tile of the fast loop may cross; tiles that cross more look every score up."""
 
 
 @triton.jit
@@ -59,14 +58,22 @@ def bucket_of(seconds, cells):
 @triton.jit
 def time_bias_of(seconds, lut, PLAIN: tl.constexpr):
     """Half the time bias of non-negative int32 differences; `lut` holds (threshold, value below it, value from it on, 0)."""
-    entry = lut + cell_of(seconds) * 4
     if PLAIN:
+        entry = lut + cell_of(seconds) * 4
         threshold = tl.load(entry)
         below = tl.load(entry + 1).to(tl.float32, bitcast=True)
         above = tl.load(entry + 2).to(tl.float32, bitcast=True)
     else:
         threshold, below, above, _ = tl.inline_asm_elementwise(
-            "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=f,=f,=r,l", [entry],
+            """{
+            .reg .f32 number; .reg .b32 cell; .reg .b64 entry;
+            cvt.rn.f32.s32 number, $4;
+            mov.b32 cell, number;
+            shr.u32 cell, cell, 21;
+            mad.wide.u32 entry, cell, 16, $5;
+            ld.global.nc.v4.b32 {$0, $1, $2, $3}, [entry];
+            }""",
+            "=r,=f,=f,=r,r,l", [seconds, lut],
             dtype=(tl.int32, tl.float32, tl.float32, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
     return tl.where(seconds >= threshold, above, below)
@@ -97,7 +104,7 @@ def prepare_kernel(
                 value = tl.load(Position + head * position_head + distance).to(tl.float32)
                 tl.store(PositionTable + head * 2 * table_len + at, scale * value, mask=at < 2 * table_len)
                 part += tl.num_programs(0)
-        if HAS_TIME:
+        if HAS_TIME:  # noqa: SIM102 - a compile-time and a run-time condition
             if tile == 0:
                 step = tl.arange(0, 256)
                 value = scale * tl.load(TimeBias + head * time_head + least(step, buckets - 1)).to(tl.float32)
@@ -138,8 +145,8 @@ def prepare_kernel(
                 highest = bucket_of(tl.where(in_order, q_most - k_least, 0), Cells)
                 slow = (q_least < k_most) | (highest - lowest > LADDER)
                 fast = least(fast, tl.reduce(tl.where(slow, least(tiles, full_tiles), full_tiles), 0, least))
-                lowest = tl.where(highest > lowest, lowest + 1024, lowest)
-                tl.store(Lowest + (b * max_tiles + tile) * max_tiles_k + tiles, lowest, mask=tiles < full_tiles)
+                where = Lowest + (b * max_tiles + tile) * max_tiles_k + tiles
+                tl.store(where, lowest + ((highest - lowest) << 8), mask=tiles < full_tiles)
             tl.store(FastTiles + b * max_tiles + tile, fast)
 
 
@@ -148,9 +155,9 @@ def attention_kernel(
     Q, K, V, KTiles, VTiles, Out, Offsets, NumCandidates, Relative, FastTiles, Lowest, PositionTable, Steps, Lut, Thresholds,
     q_row, q_head, k_row, k_head, v_row, v_head, pairs, heads, max_tiles, max_tiles_k, origin, table_len, half_scale, out_scale,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr, GROUP: tl.constexpr, NUM_CONTEXT: tl.constexpr, HAS_CANDIDATES: tl.constexpr, HAS_POSITION: tl.constexpr,
-    HAS_TIME: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    PLAIN: tl.constexpr, LADDER: tl.constexpr, PREFETCH: tl.constexpr, PRESCALED: tl.constexpr, BRANCH: tl.constexpr,
+    BLOCK_S: tl.constexpr, GROUP: tl.constexpr, NUM_CONTEXT: tl.constexpr, HAS_CANDIDATES: tl.constexpr,
+    HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    PLAIN: tl.constexpr, LADDER: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M queries of one (sequence, head) against all keys it may see, in tiles of BLOCK_N."""
     # Programs start in order of their number: the heaviest tiles first, in groups of heads whose keys fit in L2 together.
@@ -177,15 +184,12 @@ def attention_kernel(
         q_rows = Q + (start + rows[:, None]) * q_row + head * q_head + dims[None, :]
         q = tl.load(q_rows, mask=(rows[:, None] < length) & (dims[None, :] < D), other=0.0)
 
-        if PRESCALED:
-            # half_scale is a power of two: exact, and one multiplication a score less.
-            q = (q.to(tl.float32) * half_scale).to(q.dtype)
-
         full_end = least(m0 + 1, history) // BLOCK_N * BLOCK_N
         fast_end = full_end
         if HAS_TIME:
             row_tile = b * max_tiles + tile
             fast_end = tl.load(FastTiles + row_tile) * BLOCK_N
+            lowest = Lowest + row_tile * max_tiles_k
             q_time = tl.load(Relative + start + rows, mask=rows < length, other=0)
         key_end = least(history, m0 + BLOCK_M)
         if NUM_CONTEXT > 1:
@@ -207,38 +211,23 @@ def attention_kernel(
 
         # Tiles that every query of this tile sees whole.
         if HAS_TIME:
-            low_next = tl.load(Lowest + row_tile * max_tiles_k)
-            k_time_next = tl.load(Relative + start + columns, mask=columns < length, other=0)
+            next_low = tl.load(lowest)
         for n0 in range(0, fast_end, BLOCK_N):
             scores = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
             if HAS_POSITION:
                 scores = position_bias_of((p_rows + n0 // 2)[:, None] + p_columns[None, :], PLAIN)
             if HAS_TIME:
-                if PREFETCH >= 2:
-                    k_time = k_time_next
-                    k_time_next = tl.load(Relative + start + n0 + BLOCK_N + columns, mask=n0 + BLOCK_N + columns < length, other=0)
+                k_time = tl.load(Relative + start + n0 + columns)
+                low = next_low
+                next_low = tl.load(lowest + least(n0 // BLOCK_N + 1, max_tiles_k - 1))
+                # Nearly half of the tiles lie in one bucket: they add one number.
+                crossed = low >> 8
+                low = low & 255
+                base = tl.load(steps + low)
+                if crossed == 0:
+                    scores += base
                 else:
-                    k_time = tl.load(Relative + start + n0 + columns)
-                if PREFETCH >= 1:
-                    low = low_next
-                    low_next = tl.load(Lowest + row_tile * max_tiles_k + least(n0 // BLOCK_N + 1, max_tiles_k - 1))
-                else:
-                    low = tl.load(Lowest + row_tile * max_tiles_k + n0 // BLOCK_N)
-                if BRANCH:
-                    crossed = low >= 1024
-                    low = low & 0xFF
-                    base = tl.load(steps + low)
-                    if crossed:
-                        bias = base
-                        for step in tl.static_range(1, LADDER + 1):
-                            reached = (q_time - tl.load(Thresholds + low + step))[:, None] >= k_time[None, :]
-                            bias = tl.where(reached, tl.load(steps + low + step), bias)
-                        scores += bias
-                    else:
-                        scores += base
-                else:
-                    low = low & 0xFF
-                    bias = tl.load(steps + low)
+                    bias = base
                     for step in tl.static_range(1, LADDER + 1):
                         reached = (q_time - tl.load(Thresholds + low + step))[:, None] >= k_time[None, :]
                         bias = tl.where(reached, tl.load(steps + low + step), bias)
@@ -250,9 +239,7 @@ def attention_kernel(
                     k = tl.load(k_tile + (start + n0) * k_row)
                 else:
                     k = tl.load(k_tile + (start + n0) * k_row, mask=dims[:, None] < D, other=0.0)
-            half = tl.dot(q, k, scores, input_precision=PRECISION)
-            if not PRESCALED:
-                half *= half_scale
+            half = tl.dot(q, k, scores, input_precision=PRECISION) * half_scale
             weights = silu_of_half(half, EXACT).to(q.dtype)
             if TMA:
                 v = VTiles.load([(start + n0).to(tl.int32), head * DV])
@@ -278,20 +265,16 @@ def attention_kernel(
                 k_time = tl.load(Relative + start + keys, mask=keys < history, other=0)
                 scores += time_bias_of(tl.abs(q_time[:, None] - k_time[None, :]), lut, PLAIN)
             k = tl.load(k_tile + (start + n0) * k_row, mask=(keys[None, :] < history) & (dims[:, None] < D), other=0.0)
-            half = tl.dot(q, k, scores, input_precision=PRECISION)
-            if not PRESCALED:
-                half *= half_scale
+            half = tl.dot(q, k, scores, input_precision=PRECISION) * half_scale
             allowed = keys[None, :] <= last_key[:, None]
             if NUM_CONTEXT > 1:
                 allowed = allowed | ((position[:, None] < NUM_CONTEXT) & (keys[None, :] < least(NUM_CONTEXT, history)))
             # SiLU(0) is 0; masking the weights instead would cost twice as much, on half-precision pairs.
             weights = silu_of_half(tl.where(allowed, half, 0.0), EXACT).to(q.dtype)
-            v = tl.load(
-                v_tile + (start + n0) * v_row, mask=(keys[:, None] < history) & (value_dims[None, :] < DV), other=0.0
-            )
+            v = tl.load(v_tile + (start + n0) * v_row, mask=(keys[:, None] < history) & (value_dims[None, :] < DV), other=0.0)
             acc = tl.dot(weights, v, acc, input_precision=PRECISION)
 
-        if HAS_CANDIDATES:
+        if HAS_CANDIDATES:  # noqa: SIM102
             # A candidate's own key: one product a row, no tile.
             if m0 + BLOCK_M > history:
                 own = (rows >= history) & (rows < length)
@@ -308,19 +291,19 @@ def attention_kernel(
                     scores += tl.load(PositionTable + head * 2 * table_len + origin)
                 if HAS_TIME:
                     scores += tl.load(steps)
-                if not PRESCALED:
-                    scores *= half_scale
-                acc += silu_of_half(scores, EXACT)[:, None] * v_own.to(tl.float32)
+                acc += silu_of_half(scores * half_scale, EXACT)[:, None] * v_own.to(tl.float32)
 
         o_rows = Out + ((start + rows[:, None]) * heads + head) * DV + value_dims[None, :]
-        tl.store(
-            o_rows, (acc * out_scale).to(Out.dtype.element_ty), mask=(rows[:, None] < length) & (value_dims[None, :] < DV)
-        )
+        tl.store(o_rows, (acc * out_scale).to(Out.dtype.element_ty), mask=(rows[:, None] < length) & (value_dims[None, :] < DV))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How one launch is cut: query and key rows of a tile, warps, pipeline stages, heads that share L2, TMA or plain loads."""
+    """How one launch is cut: query and key rows of a tile, warps, pipeline stages, heads that
+    share L2, registers a thread, bucket boundaries that a tile of the fast loop may cross.
+
+    block_s is the key rows of a tile where every score may need a mask or a bucket of its own.
+    """
 
     block_m: int
     block_n: int
@@ -328,34 +311,47 @@ class Tiles:
     num_warps: int = 4
     num_stages: int = 2
     group: int = 16
-    tma: bool = False
     maxnreg: int | None = None
     ladder: int = LADDER
-    prefetch: int = 0
-    branch: bool = False
 
 
-def default_tiles(q: Tensor, d: int, max_len: int) -> Tiles:
+def default_tiles(dtype: torch.dtype, d: int, max_len: int, pairs: int, bias: RelativeBias | None, capability: int = 90) -> Tiles:
+    """Tiles that were fastest on an H200 among those tried (below capability 90: that spill nothing on an A100).
+
+    `pairs` is sequences times heads, `d` the head width.
+    """
     if interpreted():
         return Tiles(16, 16, 16)
-    if q.dtype == torch.float32:
-        return Tiles(32, 32, 32, 4, 2) if d <= 64 else Tiles(32, 16, 16, 4, 2)
-    return Tiles(128, 64, 64, 8, 3)
+    if dtype == torch.float32:
+        return Tiles(32, 32, 32) if d <= 64 else Tiles(32, 16, 16)
+    if d > 128:
+        return Tiles(64, 32, 32)
+    if capability < 90:
+        return Tiles(128, 64, 32, num_warps=8, num_stages=3) if d <= 64 else Tiles(64, 64, 32)
+    biased = bias is not None and (bias.position is not None or bias.time is not None)
+    timed = bias is not None and bias.time is not None
+    if biased and max_len <= 1024:
+        return Tiles(64, 32, 32, num_stages=3) if pairs * max_len > 2**14 else Tiles(32, 64, 64)
+    if timed:
+        return Tiles(64, 128, 32, maxnreg=168) if d <= 64 else Tiles(64, 64, 32, num_stages=3, ladder=3)
+    if d > 64:
+        return Tiles(128, 64, 32)
+    return Tiles(64, 128, 32, maxnreg=168) if biased else Tiles(128, 64, 64, num_warps=8, num_stages=3, maxnreg=128)
 
 
 @functools.cache
 def bucket_tables(num_buckets: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(thresholds, cells) of `bucket_of` and the fast loop.
 
-    thresholds (num_buckets + LADDER + 1,) int32: smallest seconds of each bucket, then unreachable ones. cells (129,) int64:
-    for every quarter octave of seconds the bucket at its start (upper half) and the threshold inside it (lower half).
+    thresholds (num_buckets + 8,) int32: smallest seconds of each bucket, then unreachable ones. cells (CELLS,) int64: for
+    every quarter octave of seconds the bucket at its start (upper half) and the threshold inside it (lower half).
     Raises ValueError where a threshold does not fit in int32.
     """
     inner = time_thresholds(num_buckets)
     unreachable = 2**31 - 1
     if inner and inner[-1] >= unreachable:
         raise ValueError(f"{num_buckets} time buckets reach beyond 2^31 seconds: the kernels take at most 72")
-    thresholds = [0, *inner, *[unreachable] * 4]
+    thresholds = [0, *inner, *[unreachable] * 8]
     starts = [0.0] * (127 << 2) + [2.0**octave * (1 + quarter / 4) for octave in range(31) for quarter in range(4)] + [2.0**31]
     cells = []
     for start, stop in zip(starts, [*starts[1:], 2.0**32]):
@@ -368,66 +364,124 @@ def bucket_tables(num_buckets: int, device: torch.device) -> tuple[Tensor, Tenso
     return as_tensor(thresholds, dtype=torch.int32), as_tensor(cells, dtype=torch.int64)
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one launch shares with its preparation: sizes, and where the bias tables go (None where there is no such bias)."""
+
+    max_tiles: int
+    max_tiles_k: int
+    origin: int
+    table_len: int
+    position_table: Tensor | None = None
+    steps: Tensor | None = None
+    lut: Tensor | None = None
+    relative: Tensor | None = None
+    fast_tiles: Tensor | None = None
+    lowest: Tensor | None = None
+    thresholds: Tensor | None = None
+    cells: Tensor | None = None
+
+    def prepare_arguments(self, bias: RelativeBias, times: Tensor | None, offsets: Tensor, num_candidates: Tensor | None, d: int):
+        """Run-time arguments of `prepare_kernel` by name."""
+        position, time = bias.position, bias.time
+        return {
+            "Position": position, "TimeBias": time, "Times": times, "Offsets": offsets, "NumCandidates": num_candidates,
+            "PositionTable": self.position_table, "Steps": self.steps, "Lut": self.lut, "Relative": self.relative,
+            "FastTiles": self.fast_tiles, "Lowest": self.lowest, "Cells": self.cells, "batch": offsets.shape[0] - 1,
+            "position_head": 0 if position is None else position.stride(0), "time_head": 0 if time is None else time.stride(0),
+            "positions": 0 if position is None else position.shape[1], "buckets": 0 if time is None else time.shape[1],
+            "origin": self.origin, "table_len": self.table_len, "max_tiles": self.max_tiles, "max_tiles_k": self.max_tiles_k,
+            "scale": d**0.5,
+        }  # fmt: skip
+
+    def attention_arguments(self):
+        """Those run-time arguments of `attention_kernel` that come from the plan, by name."""
+        return {
+            "Relative": self.relative, "FastTiles": self.fast_tiles, "Lowest": self.lowest, "PositionTable": self.position_table,
+            "Steps": self.steps, "Lut": self.lut, "Thresholds": self.thresholds, "max_tiles": self.max_tiles,
+            "max_tiles_k": self.max_tiles_k, "origin": self.origin, "table_len": self.table_len,
+        }  # fmt: skip
+
+
+def plan(
+    tiles: Tiles,
+    bias: RelativeBias | None,
+    device: torch.device,
+    *,
+    batch: int,
+    heads: int,
+    total: int,
+    max_len: int,
+    num_context: int,
+) -> Plan:
+    """Sizes and empty tables for `total` rows of `batch` sequences, none longer than `max_len`."""
+    max_tiles, max_tiles_k = triton.cdiv(max_len, tiles.block_m), triton.cdiv(max_len, tiles.block_n)
+    origin = max_len + max_len % 2
+    beyond = max(tiles.block_m, num_context) + max(tiles.block_n, tiles.block_s)
+    table_len = origin + beyond + beyond % 2 + 2
+    new = functools.partial(torch.empty, device=device, dtype=torch.int32)
+    tables = {}
+    if bias is not None and bias.position is not None:
+        tables["position_table"] = new(heads, 2, table_len, dtype=torch.float32)
+    if bias is not None and bias.time is not None:
+        thresholds, cells = bucket_tables(bias.time.shape[1], device)
+        tables |= {
+            "steps": new(heads, 256, dtype=torch.float32), "lut": new(heads, CELLS.value, 4), "relative": new(total),
+            "fast_tiles": new(batch, max_tiles), "lowest": new(batch, max_tiles, max_tiles_k), "thresholds": thresholds,
+            "cells": cells,
+        }  # fmt: skip
+    return Plan(max_tiles, max_tiles_k, origin, table_len, **tables)
+
+
 def attention_jagged(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *, divisor: float, bias: RelativeBias | None = None,
     times: Tensor | None = None, num_candidates: Tensor | None = None, num_context: int = 0, max_len: int | None = None,
     tiles: Tiles | None = None,
 ) -> Tensor:  # fmt: skip
+    """Attention over jagged sequences; shapes as in `hstu_lab.ops.reference.attention_jagged`. offsets[-1] must be T.
+
+    `max_len` bounds the length of a sequence; without it the number is read back from the device, which waits for it (and
+    cannot be captured in a CUDA graph). The times of a sequence must lie within 2^31 - 1 seconds (68 years). Half-precision
+    input uses tanh in hardware, float32 the exact SiLU and IEEE products. Raises TypeError or ValueError for what the
+    kernels do not take.
+    """
     check_dtype(q=q, k=k, v=v)
     total, heads, d = q.shape
     dv = v.shape[2]
     batch = offsets.shape[0] - 1
+    has_position = bias is not None and bias.position is not None
+    has_time = bias is not None and bias.time is not None
+    if has_time and times is None:
+        raise ValueError("times is None: a time bias needs the time of every token")
     out = torch.empty(total, heads, dv, dtype=q.dtype, device=q.device)
     if total == 0:
         return out
     if max_len is None:
         max_len = total if batch == 1 else int(offsets.diff().max())
-    tiles = tiles or default_tiles(q, max(d, dv), max_len)
+    tiles = tiles or default_tiles(q.dtype, max(d, dv), max_len, batch * heads, bias, capability(q))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     offsets = offsets.long()
-    max_tiles, max_tiles_k = triton.cdiv(max_len, tiles.block_m), triton.cdiv(max_len, tiles.block_n)
-    prescaled = math.log2(d) % 2 == 0
-    position = bias.position if bias else None
-    time = bias.time if bias else None
-    if time is not None and times is None:
-        raise ValueError("times is None: a time bias needs the time of every token")
-    pad = max(tiles.block_m, num_context) + tiles.block_n
-    pad += pad % 2
-    origin = max_len + max_len % 2
-    table_len = 0 if position is None else origin + pad + 2
-    table = steps = lut = relative = fast_tiles = lowest = thresholds = cells = None
-    if bias and (position is not None or time is not None):
-        new = functools.partial(torch.empty, device=q.device, dtype=torch.int32)
-        if position is not None:
-            table = new(heads, 2, table_len, dtype=torch.float32)
-        if time is not None:
-            thresholds, cells = bucket_tables(time.shape[1], q.device)
-            steps, lut = new(heads, 256, dtype=torch.float32), new(heads, CELLS.value, 4)
-            relative, fast_tiles, lowest = new(total), new(batch, max_tiles), new(batch, max_tiles, max_tiles_k)
-            times = times.long()
-        prepare_kernel[(max_tiles, batch + heads)](
-            position, time, times, offsets, num_candidates, table, steps, lut, relative, fast_tiles, lowest, cells, batch,
-            0 if position is None else position.stride(0), 0 if time is None else time.stride(0),
-            0 if position is None else position.shape[1], 0 if time is None else time.shape[1], origin, table_len, max_tiles, max_tiles_k,
-            0.5 if prescaled else d**0.5, HAS_POSITION=position is not None, HAS_TIME=time is not None, HAS_CANDIDATES=num_candidates is not None,
+    shared = plan(tiles, bias, q.device, batch=batch, heads=heads, total=total, max_len=max_len, num_context=num_context)
+    flags = {"HAS_POSITION": has_position, "HAS_TIME": has_time, "HAS_CANDIDATES": num_candidates is not None}
+    if has_position or has_time:
+        prepare_kernel[(shared.max_tiles, batch + heads)](
+            **shared.prepare_arguments(bias, times.long() if has_time else None, offsets, num_candidates, d), **flags,
             LADDER=tiles.ladder, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, CHUNK=4 if interpreted() else 16, TABLE_BLOCK=512,
         )  # fmt: skip
     d_pad, dv_pad = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv))
+    tma = d == d_pad and dv == dv_pad and k.stride(1) == d and v.stride(1) == dv and use_tma(k, v)
     keys = values = None
-    if tiles.tma:
+    if tma:
         keys = TensorDescriptor(k, [total, heads * d], [k.stride(0), 1], [tiles.block_n, d])
         values = TensorDescriptor(v, [total, heads * dv], [v.stride(0), 1], [tiles.block_n, dv])
-    pairs = batch * heads
-    options = {} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg}
-    attention_kernel[(pairs * max_tiles,)](
-        q, k, v, keys, values, out, offsets, num_candidates, relative, fast_tiles, lowest, table, steps, lut, thresholds,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        pairs, heads, max_tiles, max_tiles_k, origin, table_len, 0.5 * d**-0.5, 1 / divisor,
-        D=d, DV=dv, D_PAD=d_pad, DV_PAD=dv_pad, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_S=tiles.block_s, GROUP=tiles.group,
-        NUM_CONTEXT=num_context, HAS_CANDIDATES=num_candidates is not None, HAS_POSITION=position is not None,
-        HAS_TIME=time is not None,
-        EXACT=q.dtype == torch.float32 or interpreted(), TMA=tiles.tma, PLAIN=interpreted(),
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", LADDER=tiles.ladder, PREFETCH=tiles.prefetch, PRESCALED=prescaled, BRANCH=tiles.branch,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **options,
+    full = q.dtype == torch.float32
+    attention_kernel[(batch * heads * shared.max_tiles,)](
+        Q=q, K=k, V=v, KTiles=keys, VTiles=values, Out=out, Offsets=offsets, NumCandidates=num_candidates,
+        **shared.attention_arguments(), q_row=q.stride(0), q_head=q.stride(1), k_row=k.stride(0), k_head=k.stride(1),
+        v_row=v.stride(0), v_head=v.stride(1), pairs=batch * heads, heads=heads, half_scale=0.5 * d**-0.5, out_scale=1 / divisor,
+        D=d, DV=dv, D_PAD=d_pad, DV_PAD=dv_pad, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_S=tiles.block_s,
+        GROUP=tiles.group, NUM_CONTEXT=num_context, **flags, EXACT=full or interpreted(), TMA=tma, PLAIN=interpreted(),
+        PRECISION="ieee" if full else "tf32", LADDER=tiles.ladder, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        **({} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg}),
     )  # fmt: skip
     return out

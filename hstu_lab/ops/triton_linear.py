@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hstu_lab.ops.triton_runtime import check_dtype, interpreted, least, silu_of_half, use_tma
+from hstu_lab.ops.triton_runtime import check_dtype, interpreted, least, processors, silu_of_half, use_tma
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +68,10 @@ def _default_tiles(x: Tensor, rows: int, columns: int) -> LinearTiles:
         return LinearTiles(16, 16, 16)
     if x.dtype == torch.float32:
         return LinearTiles(64, 64, 16, 4, 2)
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    for block_m, block_n, warps in ((128, 256, 8), (128, 128, 8)):
-        if triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n) >= 2 * processors:
-            return LinearTiles(block_m, block_n, 64, warps, 3)
-    if triton.cdiv(rows, 128) * triton.cdiv(columns, 128) >= 0.75 * processors:
-        return LinearTiles(128, 128, 64, 8, 4)
-    return LinearTiles(64, 64, 128, 4, 4) if rows > 64 else LinearTiles(16, 64, 128, 4, 5)
+    for block_m, block_n, warps in ((128, 128, 8), (128, 64, 4)):
+        if triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n) >= 1.5 * processors(x):
+            return LinearTiles(block_m, block_n, 64, warps, 4)
+    return LinearTiles(64, 64, 128, 4, 4) if rows > 32 else LinearTiles(16, 64, 128, 4, 5)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, tiles: LinearTiles | None) -> Tensor:

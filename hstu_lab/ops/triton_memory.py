@@ -86,7 +86,9 @@ def gather_sum(tables: list[Tensor], ids: Tensor) -> Tensor:
     Summed in float32. Raises ValueError for more tables, other layouts or mixed dtypes.
     """
     if not 1 <= len(tables) <= MAX_TABLES or len(tables) != ids.shape[0]:
-        raise ValueError(f"{len(tables)} tables and {ids.shape[0]} rows of ids: give one row of ids for each of 1 to {MAX_TABLES}")
+        raise ValueError(
+            f"{len(tables)} tables and {ids.shape[0]} rows of ids: give one row of ids for each of 1 to {MAX_TABLES}"
+        )
     if any(t.dtype != tables[0].dtype or t.shape[1] != tables[0].shape[1] or not t.is_contiguous() for t in tables):
         raise ValueError("the tables differ in dtype or width, or are not contiguous: make them alike")
     width, count = tables[0].shape[1], ids.shape[1]

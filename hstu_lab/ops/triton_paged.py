@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hstu_lab.ops.reference import RelativeBias
 from hstu_lab.ops.triton_attention import bucket_of, bucket_tables
-from hstu_lab.ops.triton_runtime import add, check_dtype, interpreted, least, most, silu_of_half
+from hstu_lab.ops.triton_runtime import add, capability, check_dtype, interpreted, least, most, processors, silu_of_half
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,7 @@ class PagedTiles:
     num_warps: int = 4
     num_stages: int = 3
     splits: int = 1
+    maxnreg: int | None = None
 
 
 @triton.jit
@@ -133,9 +134,7 @@ def paged_kernel(
                 Position, TimeBias, Cells, position, keys, q_time, k_time, positions, head, position_head, time_head,
                 HAS_POSITION, HAS_TIME,
             )  # fmt: skip
-            k = tl.load(
-                keys_of_head + k_rows[None, :] + dims[:, None], mask=written[None, :] & (dims[:, None] < D), other=0.0
-            )
+            k = tl.load(keys_of_head + k_rows[None, :] + dims[:, None], mask=written[None, :] & (dims[:, None] < D), other=0.0)
             half = tl.dot(q, k, input_precision=PRECISION) * half_scale + bias
             allowed = keys[None, :] <= last_key[:, None]
             if NUM_CONTEXT > 1:
@@ -149,7 +148,7 @@ def paged_kernel(
             )  # fmt: skip
             acc = tl.dot(weights, v, acc, input_precision=PRECISION)
 
-        if HAS_CANDIDATES:
+        if HAS_CANDIDATES:  # noqa: SIM102 - a compile-time and a run-time condition
             if split == 0:
                 k_own = tl.load(
                     OwnKeys + (start + rows[:, None]) * own_k_row + head * own_k_head + dims[None, :],
@@ -186,15 +185,15 @@ def _default_tiles(q: Tensor, d: int, max_queries: int, max_keys: int, programs:
     if q.dtype == torch.float32:
         block_m, block_n, warps, stages = 16, 32, 4, 2
     elif max_queries <= 16:
-        block_m, block_n, warps, stages = 16, 64, 4, 4 if d <= 64 else 3
-    elif max_queries <= 64:
+        block_m, block_n, warps, stages = 16, 128 if d <= 64 else 64, 4, 4
+    elif max_queries <= 32:
+        block_m, block_n, warps, stages = 32, 128, 4, 3
+    elif max_queries <= 64 or d > 128 or capability(q) < 90:
         block_m, block_n, warps, stages = 64, 64, 4, 3
     else:
-        block_m, block_n, warps, stages = 128, 64, 8, 3
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+        return PagedTiles(128, 64, 8, 3, 2 if 2 * programs * triton.cdiv(max_queries, 128) <= 2 * processors(q) else 1, 128)
     programs *= triton.cdiv(max_queries, block_m)
-    wanted = processors * (8 if block_m == 16 else 2)
-    splits = max(1, min(wanted // max(programs, 1), triton.cdiv(max_keys, 4 * block_n), 32))
+    splits = max(1, min(triton.cdiv(3 * processors(q), programs), triton.cdiv(max_keys, 2 * block_n), 16))
     return PagedTiles(block_m, block_n, warps, stages, splits)
 
 
@@ -243,6 +242,7 @@ def attention_paged(
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, NUM_CONTEXT=num_context, HAS_CANDIDATES=candidates is not None,
         HAS_POSITION=position is not None, HAS_TIME=time is not None, EXACT=q.dtype == torch.float32 or interpreted(),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        **({} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg}),
     )  # fmt: skip
     if tiles.splits > 1:
         block = 1024

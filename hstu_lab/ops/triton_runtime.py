@@ -42,6 +42,16 @@ def interpreted() -> bool:
     return not isinstance(add, triton.runtime.JITFunction)
 
 
+def capability(tensor: Tensor) -> int:
+    """Compute capability of the GPU that holds `tensor`, as 80 or 90; 0 in the interpreter."""
+    return 0 if interpreted() else 10 * torch.cuda.get_device_capability(tensor.device)[0]
+
+
+def processors(tensor: Tensor) -> int:
+    """Streaming multiprocessors of the GPU that holds `tensor`."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
 def check_dtype(**tensors: Tensor) -> None:
     """Raise TypeError unless all have one dtype that the kernels take: float32, float16 or bfloat16."""
     dtypes = {t.dtype for t in tensors.values()}
@@ -57,7 +67,7 @@ def use_tma(*tensors: Tensor) -> bool:
 
     It wants 16-byte aligned addresses and strides, and half precision here, where tiles are large.
     """
-    if interpreted() or torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
+    if capability(tensors[0]) < 90:
         return False
     return all(
         t.element_size() == 2 and t.data_ptr() % 16 == 0 and all(s * 2 % 16 == 0 for s in t.stride()[:-1]) for t in tensors

@@ -1,0 +1,392 @@
+"""Measure the Triton kernels on the GPU that is here and write what was seen to data/measured/<device>/triton_*.json.
+
+    python -m hstu_lab.kernel_bench [attention] [paged] [memory] [stack] [ampere] [tests] [--out FOLDER]
+
+Every ratio compares two measurements of one run. Needs PyTorch, Triton and an NVIDIA GPU, nothing else of the project's stack.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hstu_lab import measure
+from hstu_lab.config import preset
+from hstu_lab.model import HSTUStack
+from hstu_lab.ops import reference, triton_attention, triton_compile, triton_memory, triton_ops
+
+BF16 = torch.bfloat16
+
+
+def timed(fn, name: str, *, flops: float = 0, moved: float = 0, graph: bool = True, inputs=None) -> measure.Measurement:
+    """Measure and print one line. Launches are left out where they would dominate (`graph`)."""
+    work = {**({"flops": flops} if flops else {}), **({"bytes": moved} if moved else {})}
+    result = measure.measure(fn, name=name, repeats=20, min_time=0.06, cuda_graph=graph, work=work, inputs=inputs)
+    rates = [f"{result.flops_per_second / 1e12:.0f} TFLOP/s"] if flops else []
+    rates += [f"{result.bytes_per_second / 1e12:.2f} TB/s"] if moved else []
+    print(f"{name:44s} {result.median * 1e6:9.1f} us  {'  '.join(rates)}", flush=True)
+    return result
+
+
+def session_times(total: int, generator: torch.Generator) -> Tensor:
+    """Unix seconds (T,): sessions of about 20 events a minute apart, a day between them."""
+    gaps = torch.empty(total, device="cuda").exponential_(1 / 60, generator=generator)
+    pauses = torch.empty(total, device="cuda").exponential_(1 / 86400, generator=generator)
+    new_session = torch.rand(total, device="cuda", generator=generator) < 0.05
+    return torch.where(new_session, pauses, gaps).long().cumsum(0) + 1_700_000_000
+
+
+def random_bias(heads: int, positions: int, kind: str, generator: torch.Generator, dtype=torch.float32):
+    if kind == "none":
+        return None
+    position, time = (torch.randn(heads, n, device="cuda", generator=generator).to(dtype) / 2 for n in (positions, 64))
+    return reference.RelativeBias(position, time if kind == "position+time" else None)
+
+
+def attention(record: measure.Record) -> None:
+    """Jagged attention against PyTorch's flash attention (a softmax, no bias), same lengths, same run."""
+    batch, heads = 32, 4
+    g = torch.Generator("cuda").manual_seed(0)
+    results, ratios = record.measurements, record.data.setdefault("ratios", {})
+    for d in (64, 128):
+        for length, jagged in [(n, False) for n in (512, 1024, 2048, 4096, 8192)] + [(1024, True), (4096, True)]:
+            lengths = torch.full((batch,), length)
+            if jagged:
+                lengths = torch.randint(1, length + 1, (batch,), generator=torch.Generator().manual_seed(1))
+            offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).cuda()
+            total = int(lengths.sum())
+            flops = 2 * heads * d * float((lengths.double() ** 2).sum())  # half of 4 N^2 d: the causal triangle
+            name = f"d={d} N={'random to ' if jagged else ''}{length}"
+            q, k, v = (torch.randn(total, heads, d, device="cuda", generator=g).to(BF16) for _ in range(3))
+            if jagged:
+                cumulative = offsets.int()
+                flash = functools.partial(
+                    torch.ops.aten._flash_attention_forward, q, k, v, cumulative, cumulative, length, length, 0.0, True, False
+                )
+            else:
+                dense = [x.view(batch, length, heads, d).transpose(1, 2).contiguous() for x in (q, k, v)]
+
+                def flash(dense=dense):
+                    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                        F.scaled_dot_product_attention(*dense, is_causal=True)
+
+            results.append(timed(flash, f"flash {name}", flops=flops, graph=False))
+            base = results[-1]
+            if length == 4096 and not jagged:
+
+                def cudnn(dense=dense):
+                    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                        F.scaled_dot_product_attention(*dense, is_causal=True)
+
+                results.append(timed(cudnn, f"cudnn {name}", flops=flops, graph=False))
+            times = session_times(total, g)
+            plain = None
+            for kind in ("none", "position", "position+time") if length == 4096 else ("none", "position+time"):
+                bias = random_bias(heads, length, kind, g)
+                run = functools.partial(
+                    triton_ops.attention_jagged, q, k, v, offsets, divisor=length, bias=bias, times=times, max_len=length
+                )
+                results.append(timed(run, f"hstu {name} bias={kind}", flops=flops, graph=False))
+                plain = plain or results[-1]
+                ratios[f"{name} bias={kind}"] = {
+                    "speed over flash": base.median / results[-1].median,
+                    "time over no bias": results[-1].median / plain.median,
+                }
+    for name, ratio in ratios.items():
+        print(f"{name:40s} {ratio['speed over flash']:.2f}x flash, {ratio['time over no bias']:.2f}x no bias")
+
+
+def paged(record: measure.Record) -> None:
+    """Decode against the copy bandwidth, extend against the larger of its two times (bytes, flops)."""
+    g = torch.Generator("cuda").manual_seed(0)
+    results, shares = record.measurements, record.data.setdefault("share of roofline", {})
+    copy, matmul = ceilings(record)
+
+    def cache(batch, length, heads, d):
+        blocks = batch * length // 16
+        keys, values = (torch.randn(blocks, 16, heads, d, device="cuda", generator=g, dtype=BF16) for _ in range(2))
+        table = torch.randperm(blocks, device="cuda", generator=g).view(batch, -1)
+        return keys, values, table, torch.full((batch,), length, device="cuda")
+
+    cases = [(b, n, 1, 16, 64) for b, n in ((1, 1024), (8, 1024), (64, 1024), (64, 2048), (128, 1024), (256, 1024))]
+    cases += [(64, 1024, 1, 8, 128), (64, 4096, 1, 4, 128)]
+    cases += [(32, 4096, c, 4, d) for d in (64, 128) for c in (32, 64, 128, 256, 512)]
+    for batch, length, queries, heads, d in cases:
+        keys, values, table, seq_lens = cache(batch, length, heads, d)
+        q = torch.randn(batch * queries, heads, d, device="cuda", generator=g, dtype=BF16)
+        offsets = torch.arange(batch + 1, device="cuda") * queries
+        run = functools.partial(
+            triton_ops.attention_paged, q, keys, values, table, offsets, seq_lens, divisor=length, max_queries=queries
+        )
+        moved = 2 * 2 * batch * heads * d * (length + queries)
+        flops = 4 * batch * heads * d * queries * (length - queries / 2)
+        name = f"{'decode' if queries == 1 else f'extend {queries}'} B={batch} N={length} H={heads} d={d}"
+        results.append(timed(run, name, flops=flops, moved=moved))
+        floor = max(moved / copy, flops / matmul)
+        shares[name] = floor / results[-1].median
+        print(f"{'':44s} {100 * shares[name]:.0f} % of roofline ({'bytes' if moved / copy > flops / matmul else 'flops'})")
+    for kind in ("position", "position+time"):
+        batch, length, heads, d = 64, 1024, 16, 64
+        keys, values, table, seq_lens = cache(batch, length, heads, d)
+        slot_times = session_times(batch * length, g).view(-1, 16)
+        q = torch.randn(batch, heads, d, device="cuda", generator=g, dtype=BF16)
+        run = functools.partial(
+            triton_ops.attention_paged, q, keys, values, table, torch.arange(batch + 1, device="cuda"), seq_lens, divisor=length,
+            max_queries=1, bias=random_bias(heads, length, kind, g), query_times=slot_times.max().expand(batch).contiguous(),
+            slot_times=slot_times,
+        )  # fmt: skip
+        results.append(
+            timed(run, f"decode B={batch} N={length} H={heads} d={d} bias={kind}", moved=4 * batch * heads * d * length)
+        )
+
+
+def ceilings(record: measure.Record) -> tuple[float, float]:
+    """(bytes a second of a device copy, flops a second of an 8192^3 bf16 product), measured and kept in the record."""
+    copy = measure.peak_copy_bandwidth("cuda")
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=BF16) for _ in range(2))
+    product = timed(lambda: a @ b, "matrix product 8192", flops=2 * 8192**3, graph=False)
+    print(f"{'copy':44s} {copy.bytes_per_second / 1e12:.2f} TB/s")
+    record.measurements += [copy, product]
+    return copy.bytes_per_second, product.flops_per_second
+
+
+def memory(record: measure.Record) -> None:
+    """Norms, gather and jagged copies against the copy bandwidth; every tensor far larger than L2."""
+    copy, _ = ceilings(record)
+    shares = record.data.setdefault("share of copy bandwidth", {})
+
+    def add(fn, name, moved):
+        record.measurements.append(timed(fn, name, moved=moved))
+        shares[name] = record.measurements[-1].bytes_per_second / copy
+        print(f"{'':44s} {100 * shares[name]:.0f} % of copy")
+
+    for width in (256, 1024, 4096):
+        rows = 2**28 // width
+        x, gate = (torch.randn(rows, width, device="cuda", dtype=BF16) for _ in range(2))
+        weight, bias = (torch.randn(width, device="cuda", dtype=BF16) for _ in range(2))
+        norm_gate = functools.partial(triton_ops.norm_gate, x, gate, weight, bias, 1e-6)
+        layer_norm = functools.partial(triton_ops.layer_norm, x, weight, bias, 1e-6)
+        add(norm_gate, f"norm_gate {rows} x {width}", 3 * x.nbytes)
+        add(layer_norm, f"layer_norm {rows} x {width}", 2 * x.nbytes)
+    for width in (64, 256, 1024):
+        rows, count = 2**28 // width, 2**27 // width
+        tables = [torch.randn(rows, width, device="cuda", dtype=BF16) for _ in range(3)]
+        ids = torch.randint(0, rows, (3, count), device="cuda")
+        moved = 4 * 2 * count * width + ids.nbytes
+        add(functools.partial(triton_ops.gather_sum, tables, ids), f"gather_sum 3 tables of {rows} x {width}", moved)
+    lengths = torch.randint(1, 1025, (256,), generator=torch.Generator().manual_seed(0))
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).cuda()
+    total = int(lengths.sum())
+    x = torch.randn(total, 1024, device="cuda", dtype=BF16)
+    dense = triton_ops.jagged_to_dense(x, offsets, 1024)
+    add(lambda: triton_ops.jagged_to_dense(x, offsets, 1024), "jagged_to_dense 256 x 1024 x 1024", x.nbytes + dense.nbytes)
+    add(lambda: triton_memory.dense_to_jagged(dense, offsets, total), "dense_to_jagged 256 x 1024 x 1024", 2 * x.nbytes)
+
+
+class GraphedStack:
+    """The stack of a preset over sequences of one length, captured in a CUDA graph. `x` (B * N, d_model) is its input."""
+
+    def __init__(self, config, batch: int, length: int, ops=triton_ops):
+        torch.manual_seed(0)
+        self.model = HSTUStack(config, ops).eval().requires_grad_(False).to("cuda", BF16)
+        for layer in self.model.layers:
+            for parameter in (layer.position_bias, layer.time_bias):
+                if parameter is not None:
+                    torch.nn.init.normal_(parameter, std=0.5)
+        self.offsets = torch.arange(batch + 1, device="cuda") * length
+        self.times = session_times(batch * length, torch.Generator("cuda").manual_seed(0))
+        self.x = torch.randn(batch * length, config.d_model, device="cuda", dtype=BF16)
+        self.divisor, self.length = config.max_seq_len, length
+
+    def __call__(self) -> Tensor:
+        def attend(_, q, k, v, bias):
+            return triton_ops.attention_jagged(
+                q, k, v, self.offsets, divisor=self.divisor, bias=bias, times=self.times, num_context=1, max_len=self.length
+            )
+
+        return self.model(self.x, attend)
+
+
+def stack(record: measure.Record) -> None:
+    """The 12-layer gr-3b stack, history 512, bf16, replayed from a CUDA graph; with and without the bias."""
+    copy, matmul = ceilings(record)
+    for rab in ("position+time", "none"):
+        config = preset("gr-3b").replace(rab=rab)
+        for batch in (1, 8):
+            run = GraphedStack(config, batch, 512)
+            tokens, d = batch * 512, config.d_model
+            attended = 4 * batch * config.num_heads * config.d_qk * 512**2 / 2
+            flops = config.num_layers * (2 * tokens * d * 5 * d + attended)
+            weights = config.num_layers * 5 * d * d * 2
+            name = f"stack gr-3b B={batch} N=512 bias={rab}"
+            result = timed(run, name, flops=flops)
+            record.measurements.append(result)
+            expected = run.model.float()(run.x.float(), oracle_attend(run))
+            error = ((run.model.to(BF16)(run.x, oracle_attend(run)).float() - expected).norm() / expected.norm()).item()
+            ours = ((run_once(run).float() - expected).norm() / expected.norm()).item()
+            record.data[name] = {
+                "floor seconds": max(flops / matmul, weights / copy), "GFLOP": flops / 1e9, "error to float32": ours,
+                "error of bf16 reference operators": error,
+            }  # fmt: skip
+            print(f"{'':44s} {record.data[name]}")
+
+
+def run_once(run: GraphedStack) -> Tensor:
+    run.model.ops = triton_ops
+    return run()
+
+
+def oracle_attend(run: GraphedStack):
+    run.model.ops = reference
+
+    def attend(_, q, k, v, bias):
+        return reference.attention_jagged(q, k, v, run.offsets, divisor=run.divisor, bias=bias, times=run.times, num_context=1)
+
+    return attend
+
+
+def ampere(record: measure.Record) -> None:
+    """The sm_80 code path, proven here: its PTX is compiled by the driver for this GPU and compared with the oracle."""
+    errors = record.data.setdefault("sm_80 PTX, relative error", {})
+    g = torch.Generator("cuda").manual_seed(0)
+    heads, d, lengths = 4, 64, [700, 1, 0, 129, 512]
+    offsets = torch.tensor([0, *lengths], device="cuda").cumsum(0)
+    total, longest, batch = sum(lengths), max(lengths), len(lengths)
+    q, k, v = (torch.randn(total, heads, d, device="cuda", generator=g).to(BF16) for _ in range(3))
+    times = session_times(total, g)
+
+    def check(name, got, expected):
+        errors[name] = ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+        print(f"sm_80 {name:38s} error {errors[name]:.1e}")
+
+    for bias in (None, random_bias(heads, longest, "position+time", g)):
+        name = "attention" if bias is None else "attention_bias"
+        tiles = triton_attention.default_tiles(BF16, d, longest, batch * heads, bias, 80)
+        plan = triton_attention.plan(tiles, bias, q.device, batch=batch, heads=heads, total=total, max_len=longest, num_context=1)
+        out = torch.full_like(v, torch.nan)
+        if bias is not None:
+            kernel = triton_compile.compile_kernel("prepare", 80, d)
+            launch_ptx(kernel, (plan.max_tiles, batch + heads), plan.prepare_arguments(bias, times, offsets, None, d))
+        strides = {f"{n}_{part}": s for n, x in (("q", q), ("k", k), ("v", v)) for part, s in zip(("row", "head"), x.stride())}
+        launch_ptx(triton_compile.compile_kernel(name, 80, d), (batch * heads * plan.max_tiles,), {
+            "Q": q, "K": k, "V": v, "Out": out, "Offsets": offsets, **strides, **plan.attention_arguments(),
+            "pairs": batch * heads, "heads": heads, "half_scale": 0.5 * d**-0.5, "out_scale": 1 / longest,
+        })  # fmt: skip
+        arguments = {"divisor": longest, "bias": bias, "times": times}
+        check(name, out, reference.attention_jagged(q.float(), k.float(), v.float(), offsets, **arguments))
+
+    x, gate = (torch.randn(999, 1024, device="cuda", generator=g).to(BF16) for _ in range(2))
+    weight, bias = (torch.randn(1024, device="cuda", generator=g).to(BF16) for _ in range(2))
+    out = torch.full_like(x, torch.nan)
+    launch_ptx(triton_compile.compile_kernel("norm_gate", 80), (500,), {
+        "X": x, "Gate": gate, "Weight": weight, "Bias": bias, "Out": out, "x_row": 1024, "gate_row": 1024, "rows": 999,
+        "width": 1024, "eps": 1e-6,
+    })  # fmt: skip
+    check("norm_gate", out, reference.norm_gate(*(t.float() for t in (x, gate, weight, bias)), 1e-6))
+    wide = torch.randn(512, 1024, device="cuda", generator=g).to(BF16) / 32
+    out = torch.full((999, 512), torch.nan, device="cuda", dtype=BF16)
+    launch_ptx(triton_compile.compile_kernel("project_silu", 80), (8 * 4,), {
+        "X": x, "Weight": wide, "Bias": bias, "Out": out, "x_row": 1024, "residual_row": 0, "rows": 999, "columns": 512,
+        "depth": 1024,
+    })  # fmt: skip
+    check("project_silu", out, reference.project_silu(x.float(), wide.float(), bias[:512].float()))
+
+
+def launch_ptx(kernel: triton_compile.CompiledKernel, grid: tuple[int, ...], values: dict) -> None:
+    """Load the kernel's PTX through the driver, which compiles it for this GPU, and launch it once.
+
+    values: one for each of kernel.parameters; tensors for pointers. Raises RuntimeError naming the driver's call that failed.
+    """
+    driver = ctypes.CDLL("libcuda.so.1")
+
+    def call(name, *arguments):
+        if code := getattr(driver, name)(*arguments):
+            raise RuntimeError(f"{kernel.name}: {name} answered {code}")
+
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    call("cuModuleLoadData", ctypes.byref(module), kernel.ptx.encode())
+    call("cuModuleGetFunction", ctypes.byref(function), module, kernel.entry.encode())
+    call("cuFuncSetAttribute", function, 8, kernel.shared_bytes)  # 8: most dynamic shared memory
+    kinds = {"fp32": ctypes.c_float, "i32": ctypes.c_int32}
+    held = []
+    for name, kind in kernel.parameters:
+        value = values[name]
+        held.append(ctypes.c_void_p(value.data_ptr()) if kind.startswith("*") else kinds[kind](value))
+    scratch = kernel.ptx.split(".entry", 1)[1].split("{", 1)[0].count(".param") - len(held)
+    held += [ctypes.c_void_p() for _ in range(scratch)]
+    pointers = (ctypes.c_void_p * len(held))(*(ctypes.cast(ctypes.pointer(h), ctypes.c_void_p) for h in held))
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    x, y, z = (*grid, 1, 1)[:3]
+    call("cuLaunchKernel", function, x, y, z, 32 * kernel.num_warps, 1, 1, kernel.shared_bytes, stream, pointers, None)
+    torch.cuda.synchronize()
+    call("cuModuleUnload", module)
+
+
+def tests(record: measure.Record) -> None:
+    """Run the GPU tests of the kernels and keep what passed and failed."""
+    report = pathlib.Path("gpu-tests.xml").absolute()
+    files = sorted(map(str, pathlib.Path("tests").glob("test_triton_*.py")))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        "--noconftest",
+        f"--junitxml={report}",
+    ]
+    subprocess.run([*command, *files], check=False)
+    outcome: dict[str, list[str]] = {"passed": [], "failed": []}
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        if case.find("skipped") is None:
+            bad = case.find("failure") is not None or case.find("error") is not None
+            outcome["failed" if bad else "passed"].append(f"{case.get('classname')}::{case.get('name')}")
+    report.unlink()
+    record.data["tests"] = outcome
+    print(f"GPU tests: {len(outcome['passed'])} passed, {len(outcome['failed'])} failed {outcome['failed']}")
+
+
+PARTS = {
+    "tests": ("triton_correctness", tests),
+    "ampere": ("triton_correctness", ampere),
+    "attention": ("triton_attention", attention),
+    "paged": ("triton_paged", paged),
+    "memory": ("triton_memory", memory),
+    "stack": ("triton_stack", stack),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"some of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--out", type=pathlib.Path, default=None, help="folder for the records (default: data/measured)")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f"unknown part {unknown.pop()!r}: use some of {', '.join(PARTS)}")
+    records: dict[str, measure.Record] = {}
+    for part in arguments.parts or PARTS:
+        name, run = PARTS[part]
+        record = records.setdefault(name, measure.Record.here(name, command="python -m hstu_lab.kernel_bench"))
+        print(f"--- {part}", flush=True)
+        with torch.no_grad():
+            run(record)
+        torch.cuda.empty_cache()
+        measure.write_record(record, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Compile the kernels ahead of time, for a GPU that need not be here: PTX, machine code, registers, shared memory, spills.
+
+`compile_kernel("attention", 80)` is what an A100 would run. Works beside the interpreter in one process: the kernels' modules
+are loaded a second time, compiled instead of interpreted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import types
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hstu_lab.ops.reference import RelativeBias
+
+_MODULES = ("triton_runtime", "triton_attention", "triton_memory", "triton_linear", "triton_paged")
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledKernel:
+    """One kernel for one GPU generation. Counts are per thread (registers, spilled bytes) and per program (shared bytes)."""
+
+    name: str
+    capability: int
+    num_warps: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    ttgir: str
+    ptx: str
+    sass: str
+    entry: str
+    parameters: tuple[tuple[str, str], ...]
+
+    def instructions(self, mnemonic: str) -> int:
+        """How often a machine instruction occurs, by the start of its name: "HMMA", "HGMMA", "MUFU.TANH"."""
+        return len(re.findall(rf"\s{re.escape(mnemonic)}", self.sass))
+
+
+@functools.cache
+def compiled_modules() -> dict[str, types.ModuleType]:
+    """The kernels' modules with compiled (not interpreted) kernels, by short name."""
+    prefix = "hstu_lab.ops."
+    ours = [prefix + name for name in _MODULES]
+    held = {name: sys.modules.pop(name) for name in ours if name in sys.modules}
+    package = importlib.import_module("hstu_lab.ops")
+    attributes = {name: getattr(package, name) for name in _MODULES if hasattr(package, name)}
+    interpret = triton.knobs.runtime.interpret
+    try:
+        triton.knobs.runtime.interpret = False
+        return {name: importlib.import_module(prefix + name) for name in _MODULES}
+    finally:
+        triton.knobs.runtime.interpret = interpret
+        for name in ours:
+            sys.modules.pop(name, None)
+        sys.modules.update(held)
+        for name in _MODULES:
+            if name in attributes:
+                setattr(package, name, attributes[name])
+
+
+_HALF, _FLOAT, _LONG, _INT = "*bf16", "*fp32", "*i64", "*i32"
+_TYPES = {
+    **dict.fromkeys(("Q", "K", "V", "Out", "X", "Gate", "Weight", "Bias", "Residual", "KeyCache", "ValueCache"), _HALF),
+    **dict.fromkeys(("OwnKeys", "OwnValues", "Jagged", "Dense", *(f"T{i}" for i in range(8))), _HALF),
+    **dict.fromkeys(("Position", "TimeBias", "PositionTable", "Steps", "Parts"), _FLOAT),
+    **dict.fromkeys(("Offsets", "NumCandidates", "Times", "Cells", "Ids", "BlockTable", "QueryOffsets", "SeqLens"), _LONG),
+    **dict.fromkeys(("QueryTimes", "SlotTimes"), _LONG),
+    **dict.fromkeys(("Relative", "FastTiles", "Lowest", "Lut", "Thresholds"), _INT),
+    **dict.fromkeys(("half_scale", "out_scale", "scale", "eps", "fill"), "fp32"),
+}
+_ALIGNED = ("x_row", "gate_row", "width", "columns", "depth", "residual_row", "size")
+
+
+def _attention(d: int, bias: bool, tma: bool, tiles) -> dict:
+    absent = () if bias else ("Relative", "FastTiles", "Lowest", "PositionTable", "Steps", "Lut", "Thresholds")
+    return {
+        **dict.fromkeys(("NumCandidates", *absent, *(() if tma else ("KTiles", "VTiles")))),
+        "D": d, "DV": d, "D_PAD": d, "DV_PAD": d, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_S": tiles.block_s,
+        "GROUP": tiles.group, "NUM_CONTEXT": 1, "HAS_CANDIDATES": False, "HAS_POSITION": bias, "HAS_TIME": bias, "EXACT": False,
+        "TMA": tma, "PRECISION": "tf32", "PLAIN": False, "LADDER": tiles.ladder,
+    }  # fmt: skip
+
+
+def _specification(name: str, capability: int, d: int) -> tuple[object, dict, int, int, dict, int | None]:
+    """(kernel, compile-time arguments, warps, stages, tensor descriptors, register cap) of the variant that is shown."""
+    modules = compiled_modules()
+    attention, memory, linear, paged = (modules[m] for m in _MODULES[1:])
+    tma = capability >= 90
+    if name in ("attention", "attention_bias"):
+        bias = name == "attention_bias"
+        table = torch.zeros(1, 1) if bias else None
+        tiles = attention.default_tiles(torch.bfloat16, d, 4096, 128, RelativeBias(table, table), capability)
+        descriptors = dict.fromkeys(("KTiles", "VTiles"), f"tensordesc<bf16[{tiles.block_n}, {d}]>") if tma else {}
+        arguments = _attention(d, bias, tma, tiles)
+        return attention.attention_kernel, arguments, tiles.num_warps, tiles.num_stages, descriptors, tiles.maxnreg
+    if name == "prepare":
+        table = torch.zeros(1, 1)
+        tiles = attention.default_tiles(torch.bfloat16, d, 4096, 128, RelativeBias(table, table), capability)
+        arguments = {
+            "HAS_POSITION": True, "HAS_TIME": True, "HAS_CANDIDATES": False, "LADDER": tiles.ladder, "BLOCK_M": tiles.block_m,
+            "BLOCK_N": tiles.block_n, "CHUNK": 16, "TABLE_BLOCK": 512, "NumCandidates": None,
+        }  # fmt: skip
+        return attention.prepare_kernel, arguments, 4, 3, {}, None
+    if name in ("decode", "extend"):
+        block_m, block_n, warps, stages, cap = (128, 64, 8, 3, 128) if tma else (64, 64, 4, 3, None)
+        if name == "decode":
+            block_m, block_n, warps, stages, cap = 16, 128 if d <= 64 else 64, 4, 4, None
+        arguments = {
+            **dict.fromkeys(("OwnKeys", "OwnValues", "Position", "TimeBias", "Cells", "QueryTimes", "SlotTimes")),
+            "D": d, "DV": d, "D_PAD": d, "DV_PAD": d, "PAGE": 16, "BLOCK_M": block_m, "BLOCK_N": block_n, "NUM_CONTEXT": 1,
+            "HAS_CANDIDATES": False, "HAS_POSITION": False, "HAS_TIME": False, "EXACT": False, "PRECISION": "tf32",
+        }  # fmt: skip
+        return paged.paged_kernel, arguments, warps, stages, {}, cap
+    if name == "sum_splits":
+        return paged.sum_splits_kernel, {"BLOCK": 1024}, 4, 3, {}, None
+    if name == "norm_gate":
+        return memory.norm_kernel, {"WIDTH_PAD": 1024, "ROWS": 2, "HAS_GATE": True}, 4, 3, {}, None
+    if name == "gather_sum":
+        return memory.gather_sum_kernel, {"TABLES": 3, "ROWS": 2, "WIDTH": 1024}, 4, 3, {}, None
+    if name == "jagged_to_dense":
+        return memory.jagged_dense_kernel, {"TO_DENSE": True, "ROWS": 2, "WIDTH": 1024}, 4, 3, {}, None
+    if name == "project_silu":
+        descriptors = dict.fromkeys(("XTiles", "WeightTiles"), "tensordesc<bf16[128, 64]>") if tma else {}
+        arguments = {
+            **dict.fromkeys(("Residual", *(() if tma else ("XTiles", "WeightTiles")))), "BLOCK_M": 128, "BLOCK_N": 128,
+            "BLOCK_K": 64, "GROUP": 8, "SILU": True, "EXACT": False, "TMA": tma, "PRECISION": "tf32",
+        }  # fmt: skip
+        return linear.linear_kernel, arguments, 8, 4 if tma else 3, descriptors, None
+    raise ValueError(f"kernel {name!r} is unknown: use one of {', '.join(KERNELS)}")
+
+
+KERNELS = (
+    "attention", "attention_bias", "prepare", "decode", "extend", "sum_splits", "norm_gate", "gather_sum", "jagged_to_dense",
+    "project_silu",
+)  # fmt: skip
+"""Names that `compile_kernel` takes."""
+
+
+@functools.cache
+def compile_kernel(name: str, capability: int = 80, d: int = 64) -> CompiledKernel:
+    """One of KERNELS in bfloat16 for compute capability 8.0 (80) or 9.0 (90), head width `d`, with its default tiles.
+
+    Raises ValueError for an unknown name.
+    """
+    kernel, arguments, warps, stages, descriptors, cap = _specification(name, capability, d)
+    signature = {}
+    for argument in kernel.arg_names:
+        if argument in arguments:
+            signature[argument] = "constexpr"
+        else:
+            signature[argument] = descriptors.get(argument) or _TYPES.get(argument, "i32")
+    aligned = [
+        a for a, t in signature.items()
+        if t.startswith("*") or a in _ALIGNED or (t == "i32" and a.endswith(("_row", "_head", "_page", "_slot")))
+    ]  # fmt: skip
+    attributes = {(kernel.arg_names.index(a),): [["tt.divisibility", 16]] for a in aligned}
+    options = {"num_warps": warps, "num_stages": stages, **({} if cap is None else {"maxnreg": cap})}
+    source = ASTSource(kernel, signature, arguments, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    usage, sass = _inspect(compiled.asm["cubin"])
+    return CompiledKernel(
+        name, capability, warps, usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared,
+        compiled.asm["ttgir"], compiled.asm["ptx"], sass, compiled.metadata.name,
+        tuple((a, t) for a, t in signature.items() if t != "constexpr"),
+    )  # fmt: skip
+
+
+def _inspect(cubin: bytes) -> tuple[dict[str, int], str]:
+    """Resource usage and disassembly, by the NVIDIA tools in Triton's wheel."""
+    tools = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+        report = run([tools / "cuobjdump", "-res-usage", path])
+        sass = run([tools / "nvdisasm", path]).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report.stdout + report.stderr)
+    return dict(zip(("REG", "STACK", "LOCAL"), map(int, found.groups()))), sass
