@@ -29,7 +29,7 @@ help: ## this list
 setup: $(READY) ## only set .venv up
 
 demo: $(READY) ## ten recommendations for one user, through the whole line (sets .venv up first)
-	@$(PY) -m hstu_lab recommend $(ARGS)
+	@$(PY) -m hstu_lab recommend --strategy unified $(ARGS)
 
 test: $(TESTABLE) ## style, unit tests, every notebook, widgets in a browser; test-STEP runs one of unit, notebooks, browser, style
 	@$(PY) tests/run.py

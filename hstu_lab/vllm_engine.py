@@ -33,6 +33,7 @@ ENVIRONMENT = {
 """Set, unless the caller has, before vLLM is imported: one process, quiet, no network, torch's own thread count."""
 
 
+_open_engines = 0
 _STEP = threading.Lock()
 """Engines take turns: vLLM keeps the context of a forward pass in a global of the process."""
 
@@ -111,6 +112,7 @@ class Engine:
         arguments = dataclasses.asdict(options)
         arguments["additional_config"] = {"ops": arguments.pop("ops")}
         # vLLM wants a stdout with a file number; Jupyter's has none.
+        global _open_engines
         with _STEP, contextlib.redirect_stdout(sys.__stdout__), _quiet():
             self.engine = LLMEngine.from_engine_args(
                 EngineArgs(
@@ -119,6 +121,7 @@ class Engine:
                     disable_log_stats=True, use_tqdm_on_load=False, seed=0, **arguments,
                 )
             )  # fmt: skip
+            _open_engines += 1
         self._ids = itertools.count()
         self._wake = threading.Condition()
         self._incoming: list[tuple[str, dict, object, concurrent.futures.Future]] = []
@@ -219,9 +222,13 @@ class Engine:
         self._thread.join()
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-        self.engine.engine_core.shutdown()
-        del self.engine
-        cleanup_dist_env_and_memory()
+        global _open_engines
+        with _STEP:
+            self.engine.engine_core.shutdown()
+            del self.engine
+            _open_engines -= 1
+            if not _open_engines:  # the process groups are every engine's
+                cleanup_dist_env_and_memory()
 
     def __enter__(self) -> Engine:
         return self

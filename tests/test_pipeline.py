@@ -286,3 +286,15 @@ def test_batch_helper_appends_generated_items():
     assert batch.tokens.tolist() == [5, 6, 1, 7, 2]
     assert batch.offsets.tolist() == [0, 3, 5]
     assert batch.seen == [[5, 1], [2]]
+
+
+@pytest.mark.timeout(120)
+def test_engines_in_one_process_do_not_disturb_each_other(tiny_checkpoint, histories):
+    options = EngineOptions(kv_cache_memory_bytes=2 << 20)
+    batch, truth = _reference(tiny_checkpoint, histories[60:68], "slate")
+    with Engine(tiny_checkpoint, options) as stays:
+        with Engine(tiny_checkpoint, options) as goes:
+            waiting = [stays.submit_slate(p, s, 10) for p, s in zip(batch.histories, batch.seen)]
+            assert [g.items for g in goes.slate(batch.histories, batch.seen, 10)] == truth
+            assert [future.result().items for future in waiting] == truth
+        assert [g.items for g in stays.slate(batch.histories, batch.seen, 10)] == truth
