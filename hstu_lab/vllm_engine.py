@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
+import math
 import logging
 import os
 import pathlib
@@ -220,15 +221,16 @@ class Engine:
             self._closed = True
             self._wake.notify()
         self._thread.join()
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
         global _open_engines
         with _STEP:
-            self.engine.engine_core.shutdown()
-            del self.engine
             _open_engines -= 1
-            if not _open_engines:  # the process groups are every engine's
-                cleanup_dist_env_and_memory()
+            if _open_engines:  # the process groups, which a whole shutdown frees, are every engine's
+                core = self.engine.engine_core.engine_core
+                core.model_executor.shutdown()
+                core.scheduler.shutdown()
+            else:
+                self.engine.engine_core.shutdown()
+            del self.engine
 
     def __enter__(self) -> Engine:
         return self
@@ -246,7 +248,8 @@ def _finish(done: concurrent.futures.Future, outer: concurrent.futures.Future, k
     flat = completion.logprobs
     if keep is None:
         starts = list(flat.start_indices)
-        items, scores = list(completion.token_ids), [flat.logprobs[i] for i in starts]
+        scores = list(itertools.takewhile(math.isfinite, (flat.logprobs[i] for i in starts)))  # all seen: nothing is left
+        items = list(completion.token_ids)[: len(scores)]
     else:
         # The token that was sampled comes first and then again among the best: a dict keeps one of them.
         best = dict(zip(flat.token_ids[: keep + 1], flat.logprobs[: keep + 1]))
