@@ -149,7 +149,7 @@ def export(model: HSTU, folder: str | pathlib.Path, *, progress: bool = True) ->
     model.eval()
     try:
         parts = {"encoder": model.encoder, "stack": StackPart(model), "ranker": RankerPart(model)}
-        for name in (bar := tqdm(parts, desc="ONNX export", unit="part", disable=not progress)):
+        for name in (bar := tqdm(parts, desc="ONNX export", unit="part", disable=None if progress else True)):
             bar.set_postfix_str(name)
             program = _trace(name, parts[name].eval(), model.config)
             program.model.metadata_props.update({"part": name, **metadata})

@@ -10,8 +10,8 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
-import math
 import logging
+import math
 import os
 import pathlib
 import sys
