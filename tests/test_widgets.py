@@ -238,5 +238,5 @@ def test_the_pool_is_redrawn_for_another_length_or_number_of_users():
     events.value = 32
     assert explorer.label.value == "33 tokens take 3 blocks; 3 of 4 users fit: 9 of 10 blocks, 0.1 MiB"
     assert bytes(explorer.image.value) != before
-    assert ["kv-events"] == [name for name in events._dom_classes if name.startswith("kv-")]
-    assert ["kv-users"] == [name for name in users._dom_classes if name.startswith("kv-")]
+    assert [name for name in events._dom_classes if name.startswith("kv-")] == ["kv-events"]
+    assert [name for name in users._dom_classes if name.startswith("kv-")] == ["kv-users"]
