@@ -1,6 +1,6 @@
 """Measure the Triton kernels on the GPU that is here and write what was seen to data/measured/<device>/triton_*.json.
 
-    python -m hstu_lab.kernel_bench [attention] [paged] [memory] [stack] [ampere] [tests] [--out FOLDER]
+    python -m hstu_lab.kernel_bench [attention] [steps] [paged] [memory] [stack] [ampere] [tests] [--out FOLDER]
 
 Every ratio compares two measurements of one run. Needs PyTorch, Triton and an NVIDIA GPU, nothing else of the project's stack.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import functools
 import os
 import pathlib
@@ -81,7 +82,7 @@ def attention(record: measure.Record) -> None:
                     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
                         F.scaled_dot_product_attention(*dense, is_causal=True)
 
-            results.append(timed(flash, f"flash {name}", flops=flops, graph=False))
+            results.append(timed(flash, f"flash {name}", flops=flops))
             base = results[-1]
             if length == 4096 and not jagged:
 
@@ -89,7 +90,7 @@ def attention(record: measure.Record) -> None:
                     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
                         F.scaled_dot_product_attention(*dense, is_causal=True)
 
-                results.append(timed(cudnn, f"cudnn {name}", flops=flops, graph=False))
+                results.append(timed(cudnn, f"cudnn {name}", flops=flops))
             times = session_times(total, g)
             plain = None
             for kind in ("none", "position", "position+time") if length == 4096 else ("none", "position+time"):
@@ -97,7 +98,7 @@ def attention(record: measure.Record) -> None:
                 run = functools.partial(
                     triton_ops.attention_jagged, q, k, v, offsets, divisor=length, bias=bias, times=times, max_len=length
                 )
-                results.append(timed(run, f"hstu {name} bias={kind}", flops=flops, graph=False))
+                results.append(timed(run, f"hstu {name} bias={kind}", flops=flops))
                 plain = plain or results[-1]
                 ratios[f"{name} bias={kind}"] = {
                     "speed over flash": base.median / results[-1].median,
@@ -107,23 +108,57 @@ def attention(record: measure.Record) -> None:
         print(f"{name:40s} {ratio['speed over flash']:.2f}x flash, {ratio['time over no bias']:.2f}x no bias")
 
 
+def steps(record: measure.Record) -> None:
+    """The attention kernel in steps, from plain PyTorch to the tuned one: B=32 H=4 N=4096 d=64, causal."""
+    batch, heads, length, d = 32, 4, 4096, 64
+    g = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(batch * length, heads, d, device="cuda", generator=g).to(BF16) for _ in range(3))
+    offsets = torch.arange(batch + 1, device="cuda") * length
+    times = session_times(batch * length, g)
+    flops = 4 * batch * heads * length**2 * d / 2
+    dense = [x.view(batch, length, heads, d) for x in (q, k, v)]
+    lengths = torch.full((batch,), length, device="cuda")
+
+    def naive():
+        for one in range(0, batch, 4):  # all at once would hold 60 GB of scores
+            reference.attention_dense(*(x[one : one + 4] for x in dense), lengths[one : one + 4], divisor=length)
+
+    record.measurements.append(timed(naive, "step 1 PyTorch, scores in memory", flops=flops, graph=False))
+    plain = triton_attention.Tiles(64, 64, 64, num_stages=1, group=batch * heads, exact=True, tma=False)
+    change = functools.partial(dataclasses.replace, plain)
+    for name, tiles, options in (
+        ("step 2 tiled, every tile", plain, {"num_context": length}),  # a context that long sees itself whole
+        ("step 3 masked tiles skipped", plain, {}),
+        ("step 4 SiLU by tanh", change(exact=False), {}),
+        ("step 5 three stages", change(exact=False, num_stages=3), {}),
+        ("step 6 tensor memory accelerator", change(exact=False, num_stages=3, tma=True), {}),
+        ("step 7 tuned tiles", None, {}),
+        ("step 8 position bias", None, {"bias": random_bias(heads, length, "position", g)}),
+        ("step 9 position and time bias", None, {"bias": random_bias(heads, length, "position+time", g), "times": times}),
+    ):
+        run = functools.partial(
+            triton_ops.attention_jagged, q, k, v, offsets, divisor=length, max_len=length, tiles=tiles, **options
+        )
+        record.measurements.append(timed(run, name, flops=flops))
+
+
 def paged(record: measure.Record) -> None:
     """Decode against the copy bandwidth, extend against the larger of its two times (bytes, flops)."""
     g = torch.Generator("cuda").manual_seed(0)
     results, shares = record.measurements, record.data.setdefault("share of roofline", {})
     copy, matmul = ceilings(record)
 
-    def cache(batch, length, heads, d):
-        blocks = batch * length // 16
-        keys, values = (torch.randn(blocks, 16, heads, d, device="cuda", generator=g, dtype=BF16) for _ in range(2))
+    def cache(batch, length, heads, d, page):
+        blocks = batch * length // page
+        keys, values = (torch.randn(blocks, page, heads, d, device="cuda", generator=g, dtype=BF16) for _ in range(2))
         table = torch.randperm(blocks, device="cuda", generator=g).view(batch, -1)
         return keys, values, table, torch.full((batch,), length, device="cuda")
 
-    cases = [(b, n, 1, 16, 64) for b, n in ((1, 1024), (8, 1024), (64, 1024), (64, 2048), (128, 1024), (256, 1024))]
-    cases += [(64, 1024, 1, 8, 128), (64, 4096, 1, 4, 128)]
-    cases += [(32, 4096, c, 4, d) for d in (64, 128) for c in (32, 64, 128, 256, 512)]
-    for batch, length, queries, heads, d in cases:
-        keys, values, table, seq_lens = cache(batch, length, heads, d)
+    cases = [(b, n, 1, 16, 64, 16) for b, n in ((1, 1024), (8, 1024), (64, 1024), (64, 2048), (128, 1024), (256, 1024))]
+    cases += [(64, 1024, 1, 8, 128, 16), (64, 4096, 1, 4, 128, 16), (64, 1024, 1, 16, 64, 64)]
+    cases += [(32, 4096, c, 4, d, page) for page in (64, 16) for d in (64, 128) for c in (32, 64, 128, 256, 512)]
+    for batch, length, queries, heads, d, page in cases:
+        keys, values, table, seq_lens = cache(batch, length, heads, d, page)
         q = torch.randn(batch * queries, heads, d, device="cuda", generator=g, dtype=BF16)
         offsets = torch.arange(batch + 1, device="cuda") * queries
         run = functools.partial(
@@ -131,14 +166,14 @@ def paged(record: measure.Record) -> None:
         )
         moved = 2 * 2 * batch * heads * d * (length + queries)
         flops = 4 * batch * heads * d * queries * (length - queries / 2)
-        name = f"{'decode' if queries == 1 else f'extend {queries}'} B={batch} N={length} H={heads} d={d}"
+        name = f"{'decode' if queries == 1 else f'extend {queries}'} B={batch} N={length} H={heads} d={d} page={page}"
         results.append(timed(run, name, flops=flops, moved=moved))
         floor = max(moved / copy, flops / matmul)
         shares[name] = floor / results[-1].median
         print(f"{'':44s} {100 * shares[name]:.0f} % of roofline ({'bytes' if moved / copy > flops / matmul else 'flops'})")
     for kind in ("position", "position+time"):
         batch, length, heads, d = 64, 1024, 16, 64
-        keys, values, table, seq_lens = cache(batch, length, heads, d)
+        keys, values, table, seq_lens = cache(batch, length, heads, d, 16)
         slot_times = session_times(batch * length, g).view(-1, 16)
         q = torch.randn(batch, heads, d, device="cuda", generator=g, dtype=BF16)
         run = functools.partial(
@@ -349,6 +384,7 @@ def tests(record: measure.Record) -> None:
         "--noconftest",
         f"--junitxml={report}",
     ]
+    command += ["-n", str(min(14, os.cpu_count() or 1))]  # compiling is most of the work
     subprocess.run([*command, *files], check=False)
     outcome: dict[str, list[str]] = {"passed": [], "failed": []}
     for case in ElementTree.parse(report).getroot().iter("testcase"):
@@ -364,6 +400,7 @@ PARTS = {
     "tests": ("triton_correctness", tests),
     "ampere": ("triton_correctness", ampere),
     "attention": ("triton_attention", attention),
+    "steps": ("triton_steps", steps),
     "paged": ("triton_paged", paged),
     "memory": ("triton_memory", memory),
     "stack": ("triton_stack", stack),

@@ -72,9 +72,9 @@ def stack(dtype):
     return model.eval().requires_grad_(False).to(DEVICE, dtype)
 
 
-@pytest.mark.parametrize("dtype", on_both)
+@pytest.mark.parametrize("dtype", on_both if GPU else [torch.float32])
 def test_the_stack_gives_the_same_on_either_operators(dtype):
-    lengths = torch.tensor([20, 1, 0, 33], device=DEVICE)
+    lengths = torch.tensor([17, 1, 0, 9], device=DEVICE)
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     x = random(int(offsets[-1]), 32, dtype=dtype)
     times = torch.arange(len(x), device=DEVICE) * 977

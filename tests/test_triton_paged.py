@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from triton_cases import BIASES, GPU, LIMITS, error, paged_case
+from triton_cases import GPU, LIMITS, error, paged_case
 
 cpu_only = pytest.mark.skipif(GPU, reason="the interpreter's small tiles; the GPU tests draw longer sequences")
 
@@ -49,10 +49,12 @@ def test_random_batches_on_the_gpu(dtype, chunk):
         candidates = draw.random() < 0.3
         most = draw.choice([1, 20, 200])
         counts = [draw.randrange(1, most + 1) if candidates else draw.randrange(1, min(most, n) + 1) for n in seq_lens]
-        d, num_context, table_dtype = draw.choice([(50, 1, torch.int32), (64, 1, torch.int64), (128, 4, torch.int64)])
+        d, num_context, page, table_dtype = draw.choice(
+            [(50, 1, 16, torch.int32), (64, 1, 64, torch.int64), (128, 4, 16, torch.int64), (128, 4, 128, torch.int32)]
+        )
         options = {
             "heads": draw.choice([1, 4]), "d": d, "dv": d, "bias": draw.choice(["none", "both"]), "dtype": dtype,
-            "candidates": candidates, "num_context": num_context, "page": 16, "max_seq_len": 1024, "table_dtype": table_dtype,
+            "candidates": candidates, "num_context": num_context, "page": page, "max_seq_len": 1024, "table_dtype": table_dtype,
         }  # fmt: skip
         got = error(*paged_case(seq_lens, counts, seed=seed, **options))
         assert got <= LIMITS[dtype], (seed, seq_lens, counts, options, got)

@@ -302,7 +302,8 @@ class Tiles:
     """How one launch is cut: query and key rows of a tile, warps, pipeline stages, heads that
     share L2, registers a thread, bucket boundaries that a tile of the fast loop may cross.
 
-    block_s is the key rows of a tile where every score may need a mask or a bucket of its own.
+    block_s is the key rows of a tile where every score may need a mask or a bucket of its own. exact: the exact SiLU in half
+    precision too; tma: let the tensor memory accelerator read the keys where it can.
     """
 
     block_m: int
@@ -313,6 +314,8 @@ class Tiles:
     group: int = 16
     maxnreg: int | None = None
     ladder: int = LADDER
+    exact: bool = False
+    tma: bool = True
 
 
 def default_tiles(dtype: torch.dtype, d: int, max_len: int, pairs: int, bias: RelativeBias | None, capability: int = 90) -> Tiles:
@@ -334,9 +337,11 @@ def default_tiles(dtype: torch.dtype, d: int, max_len: int, pairs: int, bias: Re
         return Tiles(64, 32, 32, num_stages=3) if pairs * max_len > 2**14 else Tiles(32, 64, 64)
     if timed:
         return Tiles(64, 128, 32, maxnreg=168) if d <= 64 else Tiles(64, 64, 32, num_stages=3, ladder=3)
-    if d > 64:
-        return Tiles(128, 64, 32)
-    return Tiles(64, 128, 32, maxnreg=168) if biased else Tiles(128, 64, 64, num_warps=8, num_stages=3, maxnreg=128)
+    if biased:
+        return Tiles(64, 128, 32, maxnreg=168) if d <= 64 else Tiles(128, 64, 32)
+    if max_len <= 1024:
+        return Tiles(64, 64, 32, num_stages=3)
+    return Tiles(128, 64, 64, num_warps=8, num_stages=3, maxnreg=128) if d <= 64 else Tiles(128, 64, 32, group=8)
 
 
 @functools.cache
@@ -469,7 +474,7 @@ def attention_jagged(
             LADDER=tiles.ladder, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, CHUNK=4 if interpreted() else 16, TABLE_BLOCK=512,
         )  # fmt: skip
     d_pad, dv_pad = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv))
-    tma = d == d_pad and dv == dv_pad and k.stride(1) == d and v.stride(1) == dv and use_tma(k, v)
+    tma = tiles.tma and d == d_pad and dv == dv_pad and k.stride(1) == d and v.stride(1) == dv and use_tma(k, v)
     keys = values = None
     if tma:
         keys = TensorDescriptor(k, [total, heads * d], [k.stride(0), 1], [tiles.block_n, d])
@@ -480,7 +485,8 @@ def attention_jagged(
         **shared.attention_arguments(), q_row=q.stride(0), q_head=q.stride(1), k_row=k.stride(0), k_head=k.stride(1),
         v_row=v.stride(0), v_head=v.stride(1), pairs=batch * heads, heads=heads, half_scale=0.5 * d**-0.5, out_scale=1 / divisor,
         D=d, DV=dv, D_PAD=d_pad, DV_PAD=dv_pad, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_S=tiles.block_s,
-        GROUP=tiles.group, NUM_CONTEXT=num_context, **flags, EXACT=full or interpreted(), TMA=tma, PLAIN=interpreted(),
+        GROUP=tiles.group, NUM_CONTEXT=num_context, **flags, EXACT=full or tiles.exact or interpreted(), TMA=tma,
+        PLAIN=interpreted(),
         PRECISION="ieee" if full else "tf32", LADDER=tiles.ladder, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         **({} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg}),
     )  # fmt: skip

@@ -113,15 +113,16 @@ def _specification(name: str, capability: int, d: int) -> tuple[object, dict, in
         }  # fmt: skip
         return attention.prepare_kernel, arguments, 4, 3, {}, None
     if name in ("decode", "extend"):
-        block_m, block_n, warps, stages, cap = (128, 64, 8, 3, 128) if tma else (64, 64, 4, 3, None)
-        if name == "decode":
-            block_m, block_n, warps, stages, cap = 16, 128 if d <= 64 else 64, 4, 4, None
+        tiles = paged.default_tiles(torch.bfloat16, d, 16, 1 if name == "decode" else 512, capability)
+        block_m, block_n = tiles.block_m, tiles.block_n
         arguments = {
             **dict.fromkeys(("OwnKeys", "OwnValues", "Position", "TimeBias", "Cells", "QueryTimes", "SlotTimes")),
+            **dict.fromkeys(("KeyTiles", "ValueTiles")),
             "D": d, "DV": d, "D_PAD": d, "DV_PAD": d, "PAGE": 16, "BLOCK_M": block_m, "BLOCK_N": block_n, "NUM_CONTEXT": 1,
-            "HAS_CANDIDATES": False, "HAS_POSITION": False, "HAS_TIME": False, "EXACT": False, "PRECISION": "tf32",
+            "HAS_CANDIDATES": False, "HAS_POSITION": False, "HAS_TIME": False, "EXACT": False, "TMA": False,
+            "BIAS_ROWS": block_m, "PRECISION": "tf32",
         }  # fmt: skip
-        return paged.paged_kernel, arguments, warps, stages, {}, cap
+        return paged.paged_kernel, arguments, tiles.num_warps, tiles.num_stages, {}, tiles.maxnreg
     if name == "sum_splits":
         return paged.sum_splits_kernel, {"BLOCK": 1024}, 4, 3, {}, None
     if name == "norm_gate":

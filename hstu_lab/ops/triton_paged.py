@@ -12,10 +12,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hstu_lab.ops.reference import RelativeBias
 from hstu_lab.ops.triton_attention import bucket_of, bucket_tables
-from hstu_lab.ops.triton_runtime import add, capability, check_dtype, interpreted, least, most, processors, silu_of_half
+from hstu_lab.ops.triton_runtime import add, capability, check_dtype, interpreted, least, most, processors, silu_of_half, use_tma
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +50,13 @@ def paged_bias(
 
 @triton.jit(do_not_specialize=["heads", "tiles_m", "splits", "table_row", "positions"])
 def paged_kernel(
-    Q, KeyCache, ValueCache, Out, BlockTable, QueryOffsets, SeqLens, QueryTimes, SlotTimes, OwnKeys, OwnValues,
-    Position, TimeBias, Cells,
+    Q, KeyCache, ValueCache, KeyTiles, ValueTiles, Out, BlockTable, QueryOffsets, SeqLens, QueryTimes, SlotTimes, OwnKeys,
+    OwnValues, Position, TimeBias, Cells,
     q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, time_page, own_k_row, own_k_head, own_v_row, own_v_head,
     position_head, time_head, table_row, total, heads, tiles_m, splits, positions, half_scale, out_scale,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, NUM_CONTEXT: tl.constexpr, HAS_CANDIDATES: tl.constexpr, HAS_POSITION: tl.constexpr,
-    HAS_TIME: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_TIME: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one (sequence, head) against one part of the cached keys; Out is (splits, total, heads, DV)."""
     head = tl.program_id(0) % heads
@@ -82,9 +83,12 @@ def paged_kernel(
             if NUM_CONTEXT > 1:
                 visible = most(visible, least(seq_len, NUM_CONTEXT))
         last_key = least(position, seq_len - 1)
-        q_time = tl.full((BLOCK_M,), 0, tl.int64)
+        # One query (BIAS_ROWS 1) wants one row of bias, though the matrix product computes sixteen.
+        biased = tl.arange(0, BIAS_ROWS)
+        bias_position = most(seq_len - 1 + biased, 0) if BIAS_ROWS == 1 and not HAS_CANDIDATES else position
+        q_time = tl.full((BIAS_ROWS,), 0, tl.int64)
         if HAS_TIME:
-            q_time = tl.load(QueryTimes + start + rows, mask=real, other=0)
+            q_time = tl.load(QueryTimes + start + m0 + biased, mask=m0 + biased < count, other=0)
         # This program's share of the keys, in whole tiles.
         per_split = ((visible + BLOCK_N - 1) // BLOCK_N + splits - 1) // splits * BLOCK_N
         first = split * per_split
@@ -98,26 +102,34 @@ def paged_kernel(
         # Keys that every query of this tile sees.
         for n0 in range(first, full_end, BLOCK_N):
             keys = n0 + near
-            page = tl.load(table + keys // PAGE).to(tl.int64)
-            k_rows = page * k_page + (keys % PAGE) * k_slot
-            v_rows = page * v_page + (keys % PAGE) * v_slot
+            # A tile within one page is one copy by the tensor memory accelerator; else every key row finds its own page.
+            page = tl.load(table + (n0 if TMA else keys) // PAGE).to(tl.int64)
+            slot = (n0 if TMA else keys) % PAGE
             k_time = tl.full((BLOCK_N,), 0, tl.int64)
             if HAS_TIME:
-                k_time = tl.load(SlotTimes + page * time_page + keys % PAGE)
+                k_time = tl.load(SlotTimes + page * time_page + (slot + near if TMA else slot))
             bias = paged_bias(
-                Position, TimeBias, Cells, position, keys, q_time, k_time, positions, head, position_head, time_head,
+                Position, TimeBias, Cells, bias_position, keys, q_time, k_time, positions, head, position_head, time_head,
                 HAS_POSITION, HAS_TIME,
             )  # fmt: skip
-            if D_PAD == D:
-                k = tl.load(keys_of_head + k_rows[None, :] + dims[:, None])
+            if TMA:
+                k = KeyTiles.load([(page * PAGE + slot).to(tl.int32), head * k_head]).T
             else:
-                k = tl.load(keys_of_head + k_rows[None, :] + dims[:, None], mask=dims[:, None] < D, other=0.0)
+                k_rows = keys_of_head + (page * k_page + slot * k_slot)[None, :] + dims[:, None]
+                if D_PAD == D:
+                    k = tl.load(k_rows)
+                else:
+                    k = tl.load(k_rows, mask=dims[:, None] < D, other=0.0)
             half = tl.dot(q, k, input_precision=PRECISION) * half_scale + bias
             weights = silu_of_half(half, EXACT).to(q.dtype)
-            if DV_PAD == DV:
-                v = tl.load(values_of_head + v_rows[:, None] + value_dims[None, :])
+            if TMA:
+                v = ValueTiles.load([(page * PAGE + slot).to(tl.int32), head * v_head])
             else:
-                v = tl.load(values_of_head + v_rows[:, None] + value_dims[None, :], mask=value_dims[None, :] < DV, other=0.0)
+                v_rows = values_of_head + (page * v_page + slot * v_slot)[:, None] + value_dims[None, :]
+                if DV_PAD == DV:
+                    v = tl.load(v_rows)
+                else:
+                    v = tl.load(v_rows, mask=value_dims[None, :] < DV, other=0.0)
             acc = tl.dot(weights, v, acc, input_precision=PRECISION)
 
         # The diagonal and the end of the history.
@@ -131,7 +143,7 @@ def paged_kernel(
             if HAS_TIME:
                 k_time = tl.load(SlotTimes + page * time_page + keys % PAGE, mask=written, other=0)
             bias = paged_bias(
-                Position, TimeBias, Cells, position, keys, q_time, k_time, positions, head, position_head, time_head,
+                Position, TimeBias, Cells, bias_position, keys, q_time, k_time, positions, head, position_head, time_head,
                 HAS_POSITION, HAS_TIME,
             )  # fmt: skip
             k = tl.load(keys_of_head + k_rows[None, :] + dims[:, None], mask=written[None, :] & (dims[:, None] < D), other=0.0)
@@ -179,22 +191,34 @@ def sum_splits_kernel(Parts, Out, size, splits, BLOCK: tl.constexpr):
     tl.store(Out + at, total.to(Out.dtype.element_ty), mask=at < size)
 
 
-def _default_tiles(q: Tensor, d: int, max_queries: int, max_keys: int, programs: int) -> PagedTiles:
+def default_tiles(dtype: torch.dtype, d: int, page: int, max_queries: int, capability: int = 90) -> PagedTiles:
+    """Tiles that were fastest on an H200 among those tried, before any split; `d` is the head width."""
     if interpreted():
-        return PagedTiles(16, 16, splits=2 if max_keys > 32 else 1)
-    if q.dtype == torch.float32:
-        block_m, block_n, warps, stages = 16, 32, 4, 2
-    elif max_queries <= 16:
-        block_m, block_n, warps, stages = 16, 128 if d <= 64 else 64, 4, 4
-    elif max_queries <= 32:
-        block_m, block_n, warps, stages = 32, 128, 4, 3
-    elif max_queries <= 64 or d > 128 or capability(q) < 90:
-        block_m, block_n, warps, stages = 64, 64, 4, 3
-    else:
-        return PagedTiles(128, 64, 8, 3, 2 if 2 * programs * triton.cdiv(max_queries, 128) <= 2 * processors(q) else 1, 128)
-    programs *= triton.cdiv(max_queries, block_m)
-    splits = max(1, min(triton.cdiv(3 * processors(q), programs), triton.cdiv(max_keys, 2 * block_n), 16))
-    return PagedTiles(block_m, block_n, warps, stages, splits)
+        return PagedTiles(16, 16)
+    if dtype == torch.float32:
+        return PagedTiles(16, 32, num_stages=2)
+    # A tile of 64 keys inside one page of 64 or more can be copied whole; shorter pages are gathered, better in longer tiles.
+    block_n = 64 if page >= 64 or d > 128 else 128
+    if max_queries <= 16:
+        return PagedTiles(16, block_n)
+    if max_queries <= 32:
+        return PagedTiles(32, block_n)
+    return PagedTiles(128, 64) if max_queries > 64 and 64 < d <= 128 and capability >= 90 else PagedTiles(64, 64)
+
+
+def _split(tiles: PagedTiles, q: Tensor, max_queries: int, max_keys: int, pairs: int) -> PagedTiles:
+    """Split the keys until the programs fill the GPU a few times over, or a part would be shorter than two tiles."""
+    if interpreted():
+        return dataclasses.replace(tiles, splits=2 if max_keys > 32 else 1)
+    programs = pairs * triton.cdiv(max_queries, tiles.block_m)
+    wanted = (4 if q.shape[2] <= 64 else 2) * processors(q) // programs
+    return dataclasses.replace(tiles, splits=max(1, min(wanted, triton.cdiv(max_keys, 2 * tiles.block_n), 16)))
+
+
+def _as_rows(cache: Tensor, block: int) -> TensorDescriptor:
+    """A cache (blocks, page, H, d) as rows of all heads, read in tiles of `block` rows of one head."""
+    blocks, page, heads, d = cache.shape
+    return TensorDescriptor(cache, [blocks * page, (heads - 1) * cache.stride(2) + d], [cache.stride(1), 1], [block, d])
 
 
 def attention_paged(
@@ -223,7 +247,9 @@ def attention_paged(
     position = bias.position if bias else None
     if time is not None and (query_times is None or slot_times is None):
         raise ValueError("query_times or slot_times is None: a time bias needs the time of every token")
-    tiles = tiles or _default_tiles(q, max(d, dv), max_queries, block_table.shape[1] * page, batch * heads)
+    if tiles is None:
+        tiles = default_tiles(q.dtype, max(d, dv), page, max_queries, capability(q))
+        tiles = _split(tiles, q, max_queries, block_table.shape[1] * page, batch * heads)
     own_k, own_v = candidates or (None, None)
     if any(t is not None and t.stride(-1) != 1 for t in (q, key_cache, value_cache, own_k, own_v, block_table, slot_times)):
         raise ValueError("the last dimension of q, the caches, the block table and the candidates must be contiguous")
@@ -234,14 +260,21 @@ def attention_paged(
     for own in (own_k, own_v):
         strides += [0, 0] if own is None else own.stride()[:2]
     strides += [0 if table is None else table.stride(0) for table in (position, time)]
+    d_pad, dv_pad = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv))
+    key_tiles = value_tiles = None
+    tma = page % tiles.block_n == 0 and d == d_pad and dv == dv_pad and use_tma(key_cache, value_cache)
+    tma = tma and all(cache.stride(0) == page * cache.stride(1) for cache in (key_cache, value_cache))
+    if tma:
+        key_tiles, value_tiles = (_as_rows(cache, tiles.block_n) for cache in (key_cache, value_cache))
     paged_kernel[(heads * tiles.splits, batch * tiles_m)](
-        q, key_cache, value_cache, parts, block_table, query_offsets, seq_lens, query_times, slot_times, own_k, own_v,
-        position, time, cells, *strides, block_table.stride(0), total, heads, tiles_m, tiles.splits,
+        q, key_cache, value_cache, key_tiles, value_tiles, parts, block_table, query_offsets, seq_lens, query_times, slot_times,
+        own_k, own_v, position, time, cells, *strides, block_table.stride(0), total, heads, tiles_m, tiles.splits,
         0 if position is None else position.shape[1], 0.5 * d**-0.5, 1 / divisor,
-        D=d, DV=dv, D_PAD=max(16, triton.next_power_of_2(d)), DV_PAD=max(16, triton.next_power_of_2(dv)), PAGE=page,
+        D=d, DV=dv, D_PAD=d_pad, DV_PAD=dv_pad, PAGE=page,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, NUM_CONTEXT=num_context, HAS_CANDIDATES=candidates is not None,
-        HAS_POSITION=position is not None, HAS_TIME=time is not None, EXACT=q.dtype == torch.float32 or interpreted(),
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        HAS_POSITION=position is not None, HAS_TIME=time is not None, EXACT=q.dtype == torch.float32 or interpreted(), TMA=tma,
+        BIAS_ROWS=1 if max_queries == 1 else tiles.block_m, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         **({} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg}),
     )  # fmt: skip
     if tiles.splits > 1:
