@@ -162,6 +162,45 @@ def _hit_rate(answer):
     expect_close(answer(scores, targets, nothing, 1), 0.0, "the scores must not be changed by an earlier call")
 
 
+# 03_roofline
+
+
+@register("candidate-flops")
+def _candidate_flops(answer):
+    from hstu_lab import roofline
+    from hstu_lab.config import preset
+
+    expect_close(answer(1, 16, 16, 1, 0), 64, "one event sees itself: 2 x 16 FLOPs for its score, 2 x 16 for its share of V")
+    expect_close(answer(1, 16, 16, 3, 0), 6 * 64, "3 events make 1 + 2 + 3 causal pairs")
+    expect_close(answer(1, 16, 16, 3, 2), (6 + 8) * 64, "each of 2 candidates sees 3 events and itself, not the other candidate")
+    expect_close(answer(2, 16, 16, 3, 2), 2 * 14 * 64, "every head does the same work")
+    expect_close(answer(1, 16, 48, 3, 2), 14 * 128, "scores cost d_qk, the weighted sum of V costs d_v")
+    config = preset("gr-3b")
+    passes = roofline.attention(config, 1, 512, 512), roofline.candidate_attention(config, 1, 100, 512)
+    wanted = sum(operator.flops for operator in passes)
+    expect_close(answer(config.num_heads, config.d_qk, config.d_v, 512, 100), wanted, "gr-3b, 512 events, 100 candidates")
+
+
+@register("smallest-batch")
+def _smallest_batch(answer):
+    from hstu_lab import roofline
+
+    for k, n, ridge, dtype in (
+        (1024, 4096, 153.0, "bf16"),
+        (1024, 1024, 206.1, "bf16"),
+        (256, 64, 9.7, "fp32"),
+        (64, 64, 0.3, "bf16"),
+    ):
+        width = roofline.DTYPE_BYTES[dtype]
+        batch = answer(k, n, ridge, width)
+        said = f"{k} x {n}, ridge {ridge}, {width} bytes a value: batch {batch!r}"
+        expect(type(batch) is int and batch > 0, f"{said}: give a whole number from 1 up")
+        reached = roofline.gemm("", batch, k, n, dtype).intensity
+        expect(reached >= ridge, f"{said} has {reached:.1f} FLOP a byte only")
+        expect(batch == 1 or roofline.gemm("", batch - 1, k, n, dtype).intensity < ridge, f"{said}: one row less would do")
+    expect(answer(64, 64, 153.0, 2) is None, "64 x 64 never gets over 32 FLOP a byte, however large the batch: return None")
+
+
 # 06_onnx_export
 
 

@@ -2,16 +2,16 @@
 
 The model (Williams, Waterman and Patterson 2009, "Roofline"): an operator takes as long as its largest term,
 matrix FLOPs / peak, bytes / bandwidth, or tanh evaluations / special-function rate, plus one launch. The matrix term grows where
-its tiles fill the last wave of SMs badly.
+its tiles fill the last wave of SMs badly. Biases, norm weights and look-up tables (kilobytes) are left out.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from hstu_lab.config import ModelConfig
+from hstu_lab.config import TASKS, ModelConfig
 from hstu_lab.hardware import Device
 
 DTYPE_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "int8": 1}
@@ -41,7 +41,7 @@ class Operator:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Seconds of all launches of an operator on a device; `terms` per launch, `bound` the largest of them."""
+    """Seconds of all launches of an operator on a device. `terms` and `launch`: seconds of one launch."""
 
     operator: Operator
     device: Device
@@ -50,7 +50,8 @@ class Prediction:
 
     @property
     def bound(self) -> str:
-        return max(self.terms, key=self.terms.get)
+        """The largest term, or "launch" where launching takes longer than the work."""
+        return max({**self.terms, "launch": self.launch}.items(), key=lambda term: term[1])[0]
 
     @property
     def seconds(self) -> float:
@@ -76,9 +77,9 @@ def wave_quantisation(tiles: int, sms: int) -> float:
     return math.ceil(tiles / sms) * sms / tiles if tiles else 1.0
 
 
-def _gemm(
-    name: str, m: int, k: int, n: int, size: int, *, extra_bytes: float = 0, special: float = 0, count: int = 1
-) -> Operator:
+def gemm(name: str, m: int, k: int, n: int, dtype: str = "bf16", *, extra_bytes: float = 0, special: float = 0) -> Operator:
+    """The product of (m, k) and (k, n): both read once, the result written once, one tile of `TILE` x `TILE` a thread block."""
+    size = DTYPE_BYTES[dtype]
     tiles = math.ceil(m / TILE) * math.ceil(n / TILE)
     return Operator(name, 2.0 * m * k * n, (m * k + k * n + m * n) * size + extra_bytes, special, tiles)
 
@@ -107,10 +108,10 @@ def layer(config: ModelConfig, batch: int, queries: int, keys: int, dtype: str =
     projected = 2 * gates + 2 * keys_width
     return [
         Operator("norm", 0.0, 2 * tokens * d * size),
-        _gemm("UVQK + SiLU", tokens, d, projected, size, special=tokens * projected),
+        gemm("UVQK + SiLU", tokens, d, projected, dtype, special=tokens * projected),
         attention(config, batch, queries, keys, dtype),
         Operator("norm x gate", 0.0, 3 * tokens * gates * size),
-        _gemm("output + residual", tokens, gates, d, size, extra_bytes=tokens * d * size),
+        gemm("output + residual", tokens, gates, d, dtype, extra_bytes=tokens * d * size),
     ]
 
 
@@ -121,39 +122,48 @@ def stack(config: ModelConfig, batch: int, queries: int, keys: int | None = None
     return [*ops, Operator("final norm", 0.0, 2 * batch * queries * config.d_model * DTYPE_BYTES[dtype])]
 
 
-def whole(config: ModelConfig, batch: int, length: int, candidates: int = 100, dtype: str = "bf16") -> list[Operator]:
-    """One topk request of `length` events a user: rows, encoder, stack, logits of the last position, ranking of candidates.
+def candidate_attention(config: ModelConfig, batch: int, candidates: int, length: int, dtype: str = "bf16") -> Operator:
+    """M-FALCON: each candidate sees the `length` cached positions and itself, never another candidate."""
+    heads, size = config.num_heads, DTYPE_BYTES[dtype]
+    pairs = batch * heads * candidates * (length + 1)
+    moved = batch * heads * (length + 2 * candidates) * (config.d_qk + config.d_v) * size
+    tiles = batch * heads * math.ceil(candidates / TILE)
+    return Operator("attention", 2 * pairs * (config.d_qk + config.d_v), moved, pairs, tiles)
 
-    The ranking reads the cached history (M-FALCON): candidates see the history and themselves.
-    """
-    size, d, tokens = DTYPE_BYTES[dtype], config.d_model, batch * length
+
+def encode(config: ModelConfig, tokens: int, dtype: str = "bf16") -> list[Operator]:
+    """Table rows of `tokens` events and the residual MLP that turns them into the stack's input."""
+    size, d = DTYPE_BYTES[dtype], config.d_model
     tables = 1 + len(config.side_features)
-    ranked = batch * candidates
-    ranking = [
-        dataclasses.replace(op, name=f"ranking: {op.name}", count=config.num_layers)
-        for op in layer(config, batch, candidates, length, dtype)
-        if op.name != "attention"
-    ]
-    pairs = ranked * config.num_heads * (length + 1)
-    read = batch * config.num_heads * (length + 2 * candidates) * (config.d_qk + config.d_v) * size
-    ranking.append(
-        Operator(
-            "ranking: attention",
-            2 * pairs * (config.d_qk + config.d_v),
-            read,
-            pairs,
-            batch * config.num_heads * math.ceil(candidates / TILE),
-            config.num_layers,
-        )
-    )
     return [
         Operator("rows: gather + sum", 0.0, tokens * d * (tables + 1) * size),
-        _gemm("encoder: up", tokens, d, d, size, special=tokens * d),
-        _gemm("encoder: down + residual", tokens, d, d, size, extra_bytes=tokens * d * size),
+        Operator("encoder: norm", 0.0, 2 * tokens * d * size),
+        gemm("encoder: up + SiLU", tokens, d, d, dtype, special=tokens * d),
+        gemm("encoder: down + residual", tokens, d, d, dtype, extra_bytes=tokens * d * size),
+    ]
+
+
+def whole(config: ModelConfig, batch: int, length: int, candidates: int = 100, dtype: str = "bf16") -> list[Operator]:
+    """One topk request of `length` tokens a user: rows, encoder, stack, logits of the last position, ranking of candidates.
+
+    The ranking reads the keys and values that the stack left in the cache; its operators are named "ranking: ...".
+    """
+    d, ranked = config.d_model, batch * candidates
+    attended = candidate_attention(config, batch, candidates, length, dtype)
+    ranking = [
+        *encode(config, ranked, dtype),
+        *(
+            dataclasses.replace(attended if op.name == "attention" else op, count=op.count)
+            for op in stack(config, batch, candidates, length + candidates, dtype)
+        ),
+        gemm("task heads", ranked, d, len(TASKS) * d, dtype, special=len(TASKS) * ranked * d),
+    ]
+    return [
+        *encode(config, batch * length, dtype),
         *stack(config, batch, length, dtype=dtype),
-        _gemm("next-item logits", batch, d, config.num_items, size),
-        *ranking,
-        _gemm("ranking: task heads", ranked, d, 3 * d, size, special=3 * ranked * d),
+        gemm("next-item logits", batch, d, config.num_items, dtype),
+        Operator("top-k", 0.0, batch * config.num_items * DTYPE_BYTES[dtype]),
+        *(dataclasses.replace(op, name=f"ranking: {op.name}") for op in ranking),
     ]
 
 
@@ -165,3 +175,34 @@ def total(predictions: Sequence[Prediction]) -> float:
 def flops(operators: Sequence[Operator]) -> float:
     """Matrix FLOPs of all launches."""
     return sum(op.flops * op.count for op in operators)
+
+
+def trace(fn: Callable) -> list[Operator]:
+    """What `fn()` makes PyTorch run: one Operator for each ATen call that does work (views do none), nothing fused.
+
+    Bytes: every tensor that goes in and comes out, once. FLOPs: those of PyTorch's own counter. The difference to this module's
+    formulas is what fusing saves.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+    from torch.utils.flop_counter import flop_registry
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            inputs, outputs = ([x for x in tree_leaves(part) if isinstance(x, torch.Tensor)] for part in ((args, kwargs), out))
+            held = {x.untyped_storage().data_ptr() for x in inputs}
+            in_place = any(a.alias_info and a.alias_info.is_write for a in func._schema.arguments)
+            view = not in_place and any(x.untyped_storage().data_ptr() in held for x in outputs)
+            packet = func._overloadpacket
+            if outputs and not view and "empty" not in str(packet):
+                count = flop_registry[packet](*args, **(kwargs or {}), out_val=out) if packet in flop_registry else 0
+                moved = sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in inputs + outputs)
+                operators.append(Operator(str(packet).removeprefix("aten."), count, moved))
+            return out
+
+    operators: list[Operator] = []
+    with torch.no_grad(), Recorder():
+        fn()
+    return operators

@@ -666,7 +666,7 @@ def against(rows: Mapping[str, tuple[float, float]], names: tuple[str, str], tit
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set(xscale="log", xlabel="ms, logarithmic", title=title, xlim=(min(values) / 3, max(values) * 4))
-        axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5) if max(values) < 80 * min(values) else (1,)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
         figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize=9)

@@ -45,6 +45,37 @@ def test_causal_pairs_by_counting(queries, keys):
     assert roofline.causal_pairs(queries, keys) == counted
 
 
+@pytest.mark.parametrize(("length", "candidates"), [(1, 1), (5, 3), (0, 2)])
+def test_candidates_see_the_history_and_themselves(length, candidates):
+    config, seen = (
+        preset("tiny"),
+        sum(k < length or k == q for q in range(length, length + candidates) for k in range(length + candidates)),
+    )
+    operator = roofline.candidate_attention(config, 2, candidates, length)
+    assert operator.flops == 2 * 2 * config.num_heads * seen * (config.d_qk + config.d_v)
+    assert operator.special == 2 * config.num_heads * seen
+
+
+def test_a_request_encodes_and_ranks_too():
+    from hstu_lab.model import EventEncoder
+
+    config, length, candidates = preset("tiny"), 20, 7
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        for tokens in (length, candidates):
+            ids = torch.zeros(tokens, dtype=torch.int64)
+            EventEncoder(config)(torch.randn(tokens, config.d_model), ids, ids)
+    request = roofline.whole(config, 1, length, candidates)
+    assert sum(op.flops for op in request if "encoder" in op.name) == counter.get_total_flops()
+    ranked = sum(op.count for op in request if op.name.startswith("ranking: "))
+    assert ranked == 4 + 5 * config.num_layers + 2  # encoder, layers, final norm and task heads
+    (logits,) = (op for op in request if op.name == "next-item logits")
+    assert logits.flops == 2 * config.d_model * config.num_items
+
+
+def test_the_smallest_work_is_bound_by_its_launch():
+    assert roofline.predict(roofline.Operator("one byte", 0, 1), H200).bound == "launch"
+
+
 def test_waves():
     assert roofline.wave_quantisation(132, 132) == 1
     assert roofline.wave_quantisation(66, 132) == 2
