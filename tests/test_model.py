@@ -10,7 +10,11 @@ from hstu_lab.config import PRESETS, ModelConfig, preset
 from hstu_lab.model import HSTU, CheckpointError, KVCache, load_checkpoint, load_config, save_checkpoint
 from hstu_lab.tables import parameter_groups
 
-torch.set_grad_enabled(False)
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
 
 
 def random_model(rab="position+time", seed=0, **changes) -> HSTU:

@@ -29,7 +29,13 @@ from hstu_lab.onnx_export import (
 )
 from hstu_lab.ops.reference import time_thresholds
 
-torch.set_grad_enabled(False)
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
 LENGTHS = [0, 1, 14, 15, 16, 30, 31, 62]
 """Events after the user token: with it 1, 2, edges of blocks of 16 and 32, and 63, the longest that leaves room for an item."""
 

@@ -11,7 +11,13 @@ from hstu_lab.model import HSTU
 from hstu_lab.tables import HostRows, Tables, parameter_groups, seed_arithmetic, to_features
 from hstu_lab.tokens import pack, user_token
 
-torch.set_grad_enabled(False)
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
 CONFIG = preset("tiny")
 NO_USERS = CONFIG.replace(num_users=0)
 
