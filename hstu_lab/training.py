@@ -41,10 +41,12 @@ __all__ = [
 
 BATCH_SIZE = {"cpu": 8, "cuda": 64}
 """Users of a batch. Per second of a CPU, eight learn most; a GPU is idle with so few."""
+LEARNING_RATE = 3e-3
 NUM_NEGATIVES = 1024
-RANKING_SHARE = 0.15
-"""Share of the steps that train the task heads on candidates; the others train the next item."""
-RANKING_CANDIDATES = 16
+RANKING_SHARE, RANKING_WEIGHT = 0.2, 4.0
+"""Share of the steps that train the task heads on candidates, the others train the next item; factor of their loss, whose
+gradients would else drown in those of a softmax at temperature 0.05."""
+RANKING_CANDIDATES = 64
 ACTION_DROPOUT, USER_DROPOUT = 0.2, 0.1
 """Share of events and users made unknown (0) in training, so that generated items and new users are no surprise later."""
 WARM_UP = 0.02
@@ -199,7 +201,9 @@ def ranking_loss(logits: Tensor, labels: Tensor) -> Tensor:
 class Trainer:
     """Model, optimizer and progress of one run; `identity` is what a resumed run must share with the first."""
 
-    def __init__(self, config: ModelConfig, log: EventLog, *, seed: int = 0, batch_size: int | None = None, lr: float = 1e-3):
+    def __init__(
+        self, config: ModelConfig, log: EventLog, *, seed: int = 0, batch_size: int | None = None, lr: float = LEARNING_RATE
+    ):
         self.config, self.seed, self.lr = fit_config(config, log), seed, lr
         self.corpus = Corpus(log, self.config)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -227,12 +231,12 @@ class Trainer:
         task = "heads" if rng.random() < RANKING_SHARE else "next item"
         if task == "heads":
             tokens, lengths, items, labels = (part.to(self.device) for part in self.corpus.ranking(users, rng))
-            loss = ranking_loss(candidate_logits(self.model, tokens, lengths, items), labels)
+            loss = RANKING_WEIGHT * ranking_loss(candidate_logits(self.model, tokens, lengths, items), labels)
         else:
             tokens, lengths = (part.to(self.device) for part in self.corpus.next_items(users, rng))
             drawn = torch.from_numpy(rng.integers(len(self.known), size=NUM_NEGATIVES))
             loss = next_item_loss(self.model, tokens, lengths, self.known[drawn.to(self.device)])
-        value = loss.item()
+        value = loss.item() / (RANKING_WEIGHT if task == "heads" else 1)
         if not math.isfinite(value):
             raise TrainingError(f"lr is {self.lr}: the loss of step {self.steps + 1:,} is {value}; train with a lower one")
         self.optimizer.zero_grad()
@@ -299,7 +303,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
     batch_size: int | None = None,
-    lr: float = 1e-3,
+    lr: float = LEARNING_RATE,
     on_step: Callable[[int, float], None] | None = None,
 ) -> TrainingResult:
     """Train a model of `config` on `log` for `minutes` or `steps` (of both, the first to end) and write it to the folder `out`.
