@@ -145,6 +145,7 @@ class Recommender:
         self.checkpoint = pathlib.Path(checkpoint or self.settings.checkpoint or SHIPPED_CHECKPOINT)
         if self.settings.threads:
             torch.set_num_threads(self.settings.threads)
+        self._loaded = self._stamp()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = load_checkpoint(self.checkpoint, ops=operators.get(self.settings.ops), device=device)
         self.catalog = Catalog.load(self.checkpoint / "catalog.json")
@@ -307,7 +308,14 @@ class Recommender:
                 self._strategies[strategy] = self._start(strategy)
             return self._strategies[strategy]
 
+    def _stamp(self) -> tuple[int, int] | None:
+        """Changes when the checkpoint is written anew."""
+        path = self.checkpoint / "model.safetensors"
+        return (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
+
     def _start(self, strategy: str) -> Eager | Onnx | Vllm:
+        if self._stamp() != self._loaded:  # the engine would serve other weights than those that rank
+            raise CheckpointError(f"{self.checkpoint}: has changed since it was loaded; make a new Recommender")
         if strategy == "eager":
             return Eager(self.model)
         if strategy == "onnx":

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -264,6 +265,15 @@ def test_checkpoint_parts_must_fit(tiny_checkpoint, tmp_path, tiny_world):
     (tmp_path / "users.json").write_text(json.dumps([f"u{i}" for i in range(301)]))
     with pytest.raises(CheckpointError, match="at most 300"):
         Recommender(tmp_path)
+
+
+def test_engines_do_not_start_on_a_checkpoint_that_has_changed(tiny_checkpoint, tmp_path, histories):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    recommender = Recommender(folder)
+    recommender.recommend(histories[30], strategy="eager")
+    save_checkpoint(HSTU(recommender.config), folder)
+    with pytest.raises(CheckpointError, match="has changed since it was loaded"):
+        recommender.recommend(histories[30], strategy="vllm")
 
 
 def test_a_closed_engine_says_so(tiny_checkpoint):
