@@ -201,6 +201,51 @@ def _smallest_batch(answer):
     expect(answer(64, 64, 153.0, 2) is None, "64 x 64 never gets over 32 FLOP a byte, however large the batch: return None")
 
 
+# 04_triton_kernels
+
+
+@register("computed-tiles")
+def _computed_tiles(answer):
+    expect(answer(64, 64, 64) == 1, "one tile of queries, one of keys")
+    expect(answer(128, 64, 64) == 3, "the second tile of queries sees two tiles of keys, the first only one")
+    expect(answer(128, 128, 32) == 4, "one tile of 128 queries meets four tiles of 32 keys: some scores are masked, no tile is")
+    expect(
+        answer(128, 32, 128) == 4, "a tile of keys that any query sees is computed whole: 4 tiles of queries, one key tile each"
+    )
+    expect(
+        answer(100, 64, 32) == 6, "queries 0-63 see 2 tiles of 32 keys; queries 64-99 see keys 0-99: 4 tiles, the last half empty"
+    )
+    expect(answer(0, 64, 64) == 0, "no events, no tiles")
+    for length, m, n in ((1000, 64, 32), (513, 128, 64), (257, 16, 128)):
+        wanted = sum(col < min(row + m, length) for row in range(0, length, m) for col in range(0, length, n))
+        got = answer(length, m, n)
+        expect(got == wanted, f"{length} events, tiles of {m} x {n}: got {got}, a count of visible tiles gives {wanted}")
+
+
+@register("silu-by-tanh")
+def _silu_by_tanh(answer):
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    called = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(str(func._overloadpacket).removeprefix("aten.").rstrip("_"))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.cat([torch.linspace(-20, 20, 401), torch.tensor([-1000.0, 1000.0])])
+    kept = x.clone()
+    with Recorder():
+        got = answer(x)
+    expect(torch.equal(x, kept), "the scores you were given were changed: return new ones")
+    expect(isinstance(got, torch.Tensor) and got.shape == x.shape, "give one value for each score")
+    expect(torch.allclose(got, torch.nn.functional.silu(x), atol=1e-5), "not SiLU: sigmoid(x) is (1 + tanh(x / 2)) / 2")
+    dear = sorted(set(called) & {"exp", "exp2", "expm1", "sigmoid", "silu", "reciprocal", "softplus", "logaddexp"})
+    expect(not dear, f"{', '.join(dear)}: use tanh in their place")
+    expect(called.count("tanh") == 1, f"{called.count('tanh')} calls of tanh: one is enough")
+
+
 # 06_onnx_export
 
 

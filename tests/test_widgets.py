@@ -4,6 +4,7 @@ import json
 import types
 
 import ipywidgets
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -240,3 +241,37 @@ def test_the_pool_is_redrawn_for_another_length_or_number_of_users():
     assert bytes(explorer.image.value) != before
     assert [name for name in events._dom_classes if name.startswith("kv-")] == ["kv-events"]
     assert [name for name in users._dom_classes if name.startswith("kv-")] == ["kv-users"]
+
+
+@pytest.mark.parametrize(("length", "m", "n"), [(8, 2, 2), (10, 4, 2), (9, 2, 4), (7, 16, 16)])
+def test_tiles_are_skipped_only_where_no_query_sees_a_key(length, m, n):
+    causal = np.tril(np.ones((length, length), dtype=bool))
+    kinds = widgets.tile_kinds(length, m, n)
+    for (row, column), kind in np.ndenumerate(kinds):
+        seen = causal[row * m : (row + 1) * m, column * n : (column + 1) * n]
+        whole = seen.all() and (column + 1) * n <= length
+        assert kind == (0 if not seen.any() else 1 if whole else 2), (row, column)
+    axes = widgets.tile_map(length, [(m, n)]).axes[0]
+    assert len(axes.patches) == kinds.size
+    assert axes.get_title(loc="left").startswith(f"{m} x {n}: {np.count_nonzero(kinds)} of {kinds.size}, ")
+
+
+def test_rates_are_drawn_by_length_with_their_source():
+    figure = widgets.rates_by_length({"d=64": {"ours": {512: 1.0, 1024: 3.0}}, "d=128": {"ours": {512: 2.0}}}, "recorded on X")
+    left, right = figure.axes
+    assert left.lines[0].get_xydata().tolist() == [[512, 1], [1024, 3]]
+    assert right.lines[0].get_xydata().tolist() == [[512, 2]]
+    assert left.get_ylim()[0] == 0
+    assert right.get_ylim()[1] > 3
+    assert figure.get_supxlabel() == "recorded on X"
+
+
+def test_a_missed_target_shows():
+    goals = {"a": 0.75, "b": 0.75}
+    axes = widgets.share_bars({"a": 0.5, "b": 0.75, "c": 0.1}, goals.get).axes[0]
+    assert [p.get_width() for p in axes.patches] == [50, 75, 10]
+    assert [p.get_facecolor()[:3] for p in axes.patches] == [
+        matplotlib.colors.to_rgb(c) for c in ("#e69f00", "#0072b2", "#999999")
+    ]
+    assert said(axes) == ["50.0%", "75.0%", "10.0%"]
+    assert [line.get_xdata()[0] for line in axes.lines] == [75, 75]

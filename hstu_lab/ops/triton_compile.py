@@ -166,7 +166,7 @@ def compile_kernel(name: str, capability: int = 80, d: int = 64) -> CompiledKern
         if t.startswith("*") or a in _ALIGNED or (t == "i32" and a.endswith(("_row", "_head", "_page", "_slot")))
     ]  # fmt: skip
     attributes = {(kernel.arg_names.index(a),): [["tt.divisibility", 16]] for a in aligned}
-    options = {"num_warps": warps, "num_stages": stages, **({} if cap is None else {"maxnreg": cap})}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, **({} if cap is None else {"maxnreg": cap})}
     source = ASTSource(kernel, signature, arguments, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage, sass = _inspect(compiled.asm["cubin"])
