@@ -418,7 +418,10 @@ def history_inputs(model: HSTU, tokens: Tensor, offsets: Tensor) -> dict[str, Te
 
 @dataclasses.dataclass(frozen=True)
 class Parity:
-    """How far one output is from PyTorch's: largest absolute error, and that over the largest absolute value of the output."""
+    """How far one output is from PyTorch's: largest absolute error, and that over the largest absolute value of the output.
+
+    The three tasks' probabilities are one output.
+    """
 
     output: str
     max_abs: float
@@ -452,12 +455,13 @@ def parity(model: HSTU, models: OnnxModels, tokens: Tensor, offsets: Tensor, can
         "stack hidden": (stack["hidden"], hidden),
         "stack logits": (stack["logits"], model.logits(hidden)),
     }
-    pairs |= {f"ranker {task}": (probabilities[..., i], model.task_scores(ranked)[..., i]) for i, task in enumerate(TASKS)}
-    return [_compare(name, ours, truth) for name, (ours, truth) in pairs.items()]
+    scores = model.task_scores(ranked)
+    rows = [_compare(name, ours, truth, truth) for name, (ours, truth) in pairs.items()]
+    return rows + [_compare(f"ranker {task}", probabilities[..., i], scores[..., i], scores) for i, task in enumerate(TASKS)]
 
 
-def _compare(name: str, ours: Tensor, truth: Tensor) -> Parity:
+def _compare(name: str, ours: Tensor, truth: Tensor, output: Tensor) -> Parity:
     same = ours == truth  # equal infinities too
     error = torch.where(same, 0.0, (ours.double() - truth.double()).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
-    scale = truth[truth.isfinite()].abs().max().item()
+    scale = output[output.isfinite()].abs().max().item()
     return Parity(name, error.max().item(), error.max().item() / scale, tuple(ours.shape))
