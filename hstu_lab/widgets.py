@@ -752,6 +752,26 @@ def tile_map(length: int, tiles: Sequence[tuple[int, int]]) -> Figure:
     return figure
 
 
+def tile_explorer() -> Explorer:
+    """Choose the length and the tiles of a causal kernel; the map of its tiles follows (computed, not measured).
+
+    CSS classes: tiles-length, tiles-block-m, tiles-block-n, tiles-label, tiles-image.
+    """
+
+    def draw(length: int, block_m: int, block_n: int) -> tuple[str, _Figure]:
+        kinds = tile_kinds(length, block_m, block_n)
+        skipped, whole, masked = (np.count_nonzero(kinds == kind) for kind in range(3))
+        return f"{whole} tiles whole, {masked} masked, {skipped} skipped", tile_map(length, [(block_m, block_n)])
+
+    def choice(name: str, options: Sequence[int], value: int) -> ipywidgets.SelectionSlider:
+        return ipywidgets.SelectionSlider(options=options, value=value, description=name, continuous_update=False)
+
+    return Explorer(
+        "tiles", draw, length=choice("events", [100, 256, 500, 1000, 1024, 2000], 1000),
+        block_m=choice("queries", [32, 64, 128, 256], 128), block_n=choice("keys", [32, 64, 128, 256], 64),
+    )  # fmt: skip
+
+
 def rates_by_length(panels: Mapping[str, Mapping[str, Mapping[int, float]]], source: str = "") -> Figure:
     """TFLOP/s against sequence length: panels is {title: {series: {length: TFLOP/s}}}, side by side; `source` labels them."""
     palette = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#444444")
@@ -780,7 +800,9 @@ def share_bars(rows: Mapping[str, float], target: Callable[[str], float | None],
             wanted = target(name)
             colour = "#999999" if wanted is None else "#0072b2" if share >= wanted else "#e69f00"
             axes.barh(row, 100 * share, color=colour, **_EDGE)
-            axes.annotate(f"{share:.1%}", (100 * share, row), (4, 0), textcoords="offset points", va="center", fontsize=9)
+            axes.annotate(
+                f"{share:.1%}", (100 * max(share, wanted or 0), row), (4, 0), textcoords="offset points", va="center", fontsize=9
+            )
             if wanted is not None:
                 axes.plot([100 * wanted] * 2, [row - 0.4, row + 0.4], color="#444444", linewidth=1.5)
         axes.set_yticks(range(len(rows)), list(rows), fontsize=9)

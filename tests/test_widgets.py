@@ -256,6 +256,15 @@ def test_tiles_are_skipped_only_where_no_query_sees_a_key(length, m, n):
     assert axes.get_title(loc="left").startswith(f"{m} x {n}: {np.count_nonzero(kinds)} of {kinds.size}, ")
 
 
+def test_other_tiles_are_counted_and_drawn_again():
+    explorer = widgets.tile_explorer()
+    before = bytes(explorer.image.value)
+    explorer.controls["length"].value = 100
+    explorer.controls["block_m"].value, explorer.controls["block_n"].value = 64, 32
+    assert explorer.label.value == "2 tiles whole, 4 masked, 2 skipped"
+    assert bytes(explorer.image.value) != before
+
+
 def test_rates_are_drawn_by_length_with_their_source():
     figure = widgets.rates_by_length({"d=64": {"ours": {512: 1.0, 1024: 3.0}}, "d=128": {"ours": {512: 2.0}}}, "recorded on X")
     left, right = figure.axes
