@@ -146,7 +146,7 @@ def _presets() -> dict[str, ModelConfig]:
         d_qk=50, d_v=50, max_seq_len=211, dropout=0.2,
     )  # fmt: skip
     ml1m_large = ml1m.replace(preset="ml-1m-large", num_layers=8, num_heads=2, d_qk=25, d_v=25)
-    # 12 layers hold 63 M parameters and the items 51 M; side features and users fill the seed's 3.2 B.
+    # 12 layers hold 63 M parameters and the items 51 M; side features and users fill the total to 3.2 B.
     gr3b = ModelConfig(
         preset="gr-3b", num_items=50_000, num_users=2_400_000, side_features=(("category", 10_000), ("creator", 600_000)),
         d_model=1024, num_layers=12, num_heads=16, d_qk=64, d_v=64, max_seq_len=2048,
