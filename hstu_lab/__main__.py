@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import pathlib
 import sys
 
-# Before torch is imported: its C++ side reports how it bound memory, and torch.fx a change of one of its functions.
+# Before torch is imported: its C++ side reports how it bound memory.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 # Threads that spin while they wait make small operators several times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 DEFAULT_USERS = {"batch": None, "benchmark": 64, "comprehensive": 32}
 

@@ -383,8 +383,6 @@ class Recommender:
 
     def close(self) -> None:
         """Stop every engine."""
-        for runner in self._strategies.values():
-            runner.close()
         self._strategies.clear()
         if self._engine is not None:
             self._engine.close()

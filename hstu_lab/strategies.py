@@ -124,9 +124,6 @@ class Eager:
         with timer("ranking"):
             return self.model.rank(*self._inputs(batch), candidates.to(self._device)).cpu()
 
-    def close(self) -> None:
-        """Nothing to free."""
-
 
 class Onnx:
     """ONNX Runtime throughout; the rows come from the tables' row store. A slate runs the stack again for every item."""
@@ -179,9 +176,6 @@ class Onnx:
             targets = self.encode(candidates.flatten(), torch.arange(rows + 1) * count).view(rows, count, -1)
             return torch.as_tensor(self.onnx.rank(x, targets, times, batch.lengths))
 
-    def close(self) -> None:
-        """Nothing to free."""
-
 
 class Vllm:
     """vLLM generates; `ranker` (and, given an `encoder`, the encoder stage) runs beside it.
@@ -220,9 +214,6 @@ class Vllm:
 
     def rank(self, batch: Batch, candidates: Tensor, timer: StageTimer) -> Tensor:
         return self.ranker.rank(batch, candidates, timer)
-
-    def close(self) -> None:
-        """The engine belongs to the Recommender."""
 
 
 NEEDS = {
