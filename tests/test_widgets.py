@@ -152,7 +152,7 @@ def test_the_parameter_explorer_counts_the_model_that_is_set():
     ("count", "text"), [(0, "0 B"), (999, "999 B"), (999.6, "1 kB"), (12_345, "12.3 kB"), (12.8e9, "12.8 GB"), (3e15, "3e+03 TB")]
 )
 def test_bytes_are_short(count, text):
-    assert widgets._bytes(count) == text
+    assert widgets.format_bytes(count) == text
 
 
 @pytest.fixture(scope="module")
