@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib
 import types
 
-BACKENDS = {"reference": "hstu_lab.ops.reference", "triton": "hstu_lab.ops.triton_ops"}
+BACKENDS = {
+    "reference": "hstu_lab.ops.reference",
+    "triton": "hstu_lab.ops.triton_ops",
+    "cutlass": "hstu_lab.ops.cutlass_ops",
+}
 
 
 def get(name: str) -> types.ModuleType:

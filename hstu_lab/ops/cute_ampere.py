@@ -9,12 +9,12 @@ import dataclasses
 
 import cutlass
 import cutlass.cute as cute
+from cuda.bindings import driver
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, warp
 from cutlass.utils import SmemAllocator
 
-from cuda.bindings import driver
-from hstu_lab.ops.cute_tiles import locate, silu_of_half
+from hstu_lab.ops.cute_tiles import locate, silu_of_half, write_rows
 
 WARPS = 4
 
@@ -33,6 +33,11 @@ class AmpereAttention:
     def __init__(self, width: int, dtype: type[cutlass.Numeric], tiles: AmpereTiles):
         self.d, self.dtype, self.tiles = width, dtype, tiles
         self.queries, self.keys = tiles.queries, tiles.keys
+        self.threads = 32 * WARPS
+
+    def shared_bytes(self) -> int:
+        """Of a block: queries, and two stages of keys and values."""
+        return 2 * self.d * (self.queries + 4 * self.keys)
 
     @cute.jit
     def __call__(
@@ -44,10 +49,9 @@ class AmpereAttention:
         self.kernel(
             q, k, v, out, offsets, batch * heads, heads, max_tiles, q_row, q_head, k_row, k_head, v_row, v_head, half_scale,
             out_scale, group,
-        ).launch(grid=(batch * heads * max_tiles, 1, 1), block=(32 * WARPS, 1, 1), smem=self.shared_bytes(), stream=stream)  # fmt: skip
-
-    def shared_bytes(self) -> int:
-        return 2 * self.d * (self.queries + 4 * self.keys)
+        ).launch(
+            grid=(batch * heads * max_tiles, 1, 1), block=(self.threads, 1, 1), smem=self.shared_bytes(), stream=stream
+        )  # fmt: skip
 
     def tiled_mma(self) -> cute.TiledMma:
         """Four warps below each other, 16 rows each; two instructions side by side, so that ldmatrix loads four matrices."""
@@ -169,14 +173,6 @@ class AmpereAttention:
         copy = cute.make_tiled_copy_C(pairs, mma).get_slice(thread)
         cute.copy(pairs, copy.retile(rounded), copy.partition_D(sO))
         cute.arch.sync_threads()
-        rows = 32 * WARPS // (d // 8)
-        column = thread % (d // 8)
-        wide = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.dtype, num_bits_per_copy=128)
-        pieces = cute.logical_divide(sO, (None, 8))
-        for i in cutlass.range_constexpr(self.queries // rows):
-            row = i * rows + thread // (d // 8)
-            if m0 + row < length:
-                target = out + ((start + m0 + row) * heads + head) * d + column * 8
-                values = cute.make_rmem_tensor(8, self.dtype)
-                cute.copy(wide, pieces[row, (None, column)], values)
-                cute.copy(wide, values, cute.make_tensor(target.align(16), cute.make_layout(8)))
+        rows = out + ((start + m0) * heads + head) * d
+        layout = cute.make_layout((self.queries, d), stride=(cute.assume(Int64(heads) * d, divby=8), 1))
+        write_rows(sO, cute.make_tensor(rows.align(16), layout), self.queries, d, length - m0, thread)

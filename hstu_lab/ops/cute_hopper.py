@@ -10,11 +10,12 @@ import dataclasses
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64
+from cuda.bindings import driver
+from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.utils import LayoutEnum, SmemAllocator, hopper_helpers
 
-from cuda.bindings import driver
+from hstu_lab.ops.cute_tiles import locate, silu_of_half, write_rows
 
 ROWS = 64
 """Queries of one consumer warpgroup: the M of a wgmma."""
@@ -41,13 +42,7 @@ class HopperTiles:
     @property
     def registers(self) -> tuple[int, int]:
         """Registers a thread of (producer, consumer)."""
-        return {1: (56, 256 - 16), 2: (24, 240), 3: (32, 160)}[self.groups]
-
-
-@cute.jit
-def silu_of_half(half: Float32) -> Float32:
-    """SiLU(2 * half) with one special-function operation."""
-    return half * cute.math.tanh(half, fastmath=True) + half
+        return {2: (24, 240), 3: (32, 160)}[self.groups]
 
 
 class HopperAttention:
@@ -59,6 +54,10 @@ class HopperAttention:
         self.threads = 128 * (1 + tiles.groups)
         self.producer_registers, self.consumer_registers = tiles.registers
 
+    def shared_bytes(self) -> int:
+        """Of a block: queries, outputs, and all stages of keys and values; barriers come on top, within 1 KiB."""
+        return 2 * self.d * 2 * (self.tiles.queries + self.stages * self.keys) + 1024
+
     @cute.jit
     def __call__(
         self, q: cute.Pointer, k: cute.Pointer, v: cute.Pointer, out: cute.Pointer, offsets: cute.Pointer, counter: cute.Pointer,
@@ -67,7 +66,9 @@ class HopperAttention:
         stream: driver.CUstream,
     ):  # fmt: skip
         d, keys = self.d, self.keys
-        q_row, q_head, k_row, k_head, v_row, v_head = (cute.assume(x, divby=8) for x in (q_row, q_head, k_row, k_head, v_row, v_head))
+        q_row, q_head, k_row, k_head, v_row, v_head = (
+            cute.assume(x, divby=8) for x in (q_row, q_head, k_row, k_head, v_row, v_head)
+        )
         mQ = cute.make_tensor(q, cute.make_layout((total, d, heads), stride=(q_row, 1, q_head)))
         mK = cute.make_tensor(k, cute.make_layout((total, d, heads), stride=(k_row, 1, k_head)))
         mV = cute.make_tensor(v, cute.make_layout((d, total, heads), stride=(1, v_row, v_head)))
@@ -126,8 +127,9 @@ class HopperAttention:
     @cute.kernel
     def kernel(
         self, tma_q: cute.CopyAtom, tQ: cute.Tensor, tma_k: cute.CopyAtom, tK: cute.Tensor, tma_v: cute.CopyAtom,
-        tV: cute.Tensor, mO: cute.Tensor, mOffsets: cute.Tensor, mCounter: cute.Tensor, q_layout: cute.ComposedLayout, k_layout: cute.ComposedLayout, v_layout: cute.ComposedLayout,
-        pairs: Int32, heads: Int32, max_tiles: Int32, group: Int32, half_scale: Float32, out_scale: Float32,
+        tV: cute.Tensor, mO: cute.Tensor, mOffsets: cute.Tensor, mCounter: cute.Tensor, q_layout: cute.ComposedLayout,
+        k_layout: cute.ComposedLayout, v_layout: cute.ComposedLayout, pairs: Int32, heads: Int32, max_tiles: Int32,
+        group: Int32, half_scale: Float32, out_scale: Float32,
     ):  # fmt: skip
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.warp_idx()
@@ -166,9 +168,7 @@ class HopperAttention:
                 )
         else:
             cute.arch.warpgroup_reg_alloc(self.consumer_registers)
-            self.consume(
-                sQ, sK, sV, sO, bars, work, mO, thread % 128, warp // 4 - 1, half_scale, out_scale
-            )
+            self.consume(sQ, sK, sV, sO, bars, work, mO, thread % 128, warp // 4 - 1, half_scale, out_scale)
 
     @cute.jit
     def produce(
@@ -179,13 +179,8 @@ class HopperAttention:
         tile, blocks = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
         loaded, done = Int32(0), Int32(0)
         while tile < pairs * max_tiles:
-            # Groups of (sequence, head) pairs whose keys fit in L2 together; within a group the longest tiles first.
-            first = tile // (group * max_tiles) * group
-            within = tile - first * max_tiles
-            members = cutlass.min(group, pairs - first)
-            m0 = (max_tiles - 1 - within // members) * self.tiles.queries
-            pair = first + within % members
-            sequence, head = pair // heads, pair % heads
+            sequence, head, row_tile = locate(tile, pairs, heads, max_tiles, group)
+            m0 = row_tile * self.tiles.queries
             start = Int32(mOffsets[sequence])
             length = Int32(mOffsets[sequence + 1]) - start
             if m0 < length:
@@ -194,7 +189,9 @@ class HopperAttention:
                 with cute.arch.elect_one():
                     work[0, slot], work[1, slot], work[2, slot], work[3, slot] = start, length, head, m0
                     cute.arch.mbarrier_arrive(bars["work_full"] + slot)
-                qs, qg = self.partition(tma_q, sQ, cute.domain_offset((start + m0, 0), tQ[None, None, head]), (ROWS, d), (None, 0))
+                qs, qg = self.partition(
+                    tma_q, sQ, cute.domain_offset((start + m0, 0), tQ[None, None, head]), (ROWS, d), (None, 0)
+                )
                 ks, kg = self.partition(tma_k, sK, cute.domain_offset((start, 0), tK[None, None, head]), (keys, d), (None, 0))
                 vs, vg = self.partition(tma_v, sV, cute.domain_offset((0, start), tV[None, None, head]), (d, keys), (0, None))
                 cute.arch.mbarrier_wait(bars["q_empty"], (done % 2) ^ 1)
@@ -227,9 +224,7 @@ class HopperAttention:
     def partition(self, atom, shared, source, tile, where):
         """(shared memory by stage, source by tile) as the TMA atom `atom` copies them."""
         tiles = cute.local_tile(source, tile, where)
-        return cpasync.tma_partition(
-            atom, 0, cute.make_layout(1), cute.group_modes(shared, 0, 2), cute.group_modes(tiles, 0, 2)
-        )
+        return cpasync.tma_partition(atom, 0, cute.make_layout(1), cute.group_modes(shared, 0, 2), cute.group_modes(tiles, 0, 2))
 
     @cute.jit
     def arrive(self, bar):
@@ -392,17 +387,5 @@ class HopperAttention:
         copy = cute.make_tiled_copy_C(atom, self.pv_mma()).get_slice(thread)
         cute.copy(atom, copy.retile(rounded), copy.partition_D(sO))
         cute.arch.barrier(barrier_id=barrier, number_of_threads=128)
-        per_row = self.d // 8
-        rows_at_once = 128 // per_row
-        wide = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.dtype, num_bits_per_copy=128)
-        tiled = cute.make_tiled_copy_tv(
-            wide, cute.make_layout((rows_at_once, per_row), stride=(per_row, 1)), cute.make_layout((1, 8))
-        ).get_slice(thread)
         gO = cute.local_tile(cute.domain_offset((start + row0, 0), mO[None, None, head]), (ROWS, self.d), (0, 0))
-        source, target = tiled.partition_S(sO), tiled.partition_D(gO)
-        where = tiled.partition_S(cute.make_identity_tensor((ROWS, self.d)))
-        values = cute.make_fragment_like(source)
-        cute.copy(tiled, source, values)
-        for i in cutlass.range_constexpr(cute.size(values, mode=[1])):
-            if where[0, i, 0][0] + row0 < length:
-                cute.copy(tiled, values[None, i, None], target[None, i, None])
+        write_rows(sO, gO, ROWS, self.d, length - row0, thread)

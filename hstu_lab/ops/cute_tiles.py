@@ -24,3 +24,19 @@ def locate(index: Int32, pairs: Int32, heads: Int32, max_tiles: Int32, group: In
 def silu_of_half(half: Float32) -> Float32:
     """SiLU(2 * half) with one special-function operation."""
     return half * cute.math.tanh(half, fastmath=True) + half
+
+
+@cute.jit
+def write_rows(shared, out, rows: cutlass.Constexpr, width: cutlass.Constexpr, valid: Int32, thread: Int32):
+    """Copy the first `valid` of `rows` rows from shared to global memory with 128 threads, 16 bytes at a time."""
+    per_row = width // 8
+    wide = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), shared.element_type, num_bits_per_copy=128)
+    threads = cute.make_layout((128 // per_row, per_row), stride=(per_row, 1))
+    copy = cute.make_tiled_copy_tv(wide, threads, cute.make_layout((1, 8))).get_slice(thread)
+    source, target = copy.partition_S(shared), copy.partition_D(out)
+    where = copy.partition_S(cute.make_identity_tensor((rows, width)))
+    values = cute.make_fragment_like(source)
+    cute.copy(wide, source, values)
+    for i in cutlass.range_constexpr(cute.size(values, mode=[1])):
+        if where[0, i, 0][0] < valid:
+            cute.copy(wide, values[None, i, None], target[None, i, None])

@@ -6,6 +6,7 @@ headers are those of the wheel `nvidia-cutlass`.
 
 from __future__ import annotations
 
+import concurrent.futures
 import ctypes
 import dataclasses
 import fcntl
@@ -21,9 +22,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 
 SOURCES = pathlib.Path(__file__).parent
-FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK", "--expt-relaxed-constexpr", "-shared", "-Xcompiler", "-fPIC", "-Xptxas", "-v")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-DNDEBUG",
+    "-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK",
+    "--expt-relaxed-constexpr",
+    "-shared",
+    "-Xcompiler",
+    "-fPIC",
+    "-Xptxas",
+    "-v",
+)
 _ELEMENTS = {"bfloat16": "cutlass::bfloat16_t", "float16": "cutlass::half_t"}
 
 
@@ -58,9 +71,17 @@ class LinearConfig:
         return {**tile, "CLUSTER_M": self.cluster[0], "CLUSTER_N": self.cluster[1], "PINGPONG": int(self.pingpong)}
 
 
+KERNELS = {
+    "cutlass sm_80 128x128": LinearConfig(80, (128, 128, 32)),
+    "cutlass sm_90 128x128": LinearConfig(90, (128, 128, 64), cluster=(1, 2)),
+    "cutlass sm_90 64x128": LinearConfig(90, (64, 128, 64), cluster=(1, 1)),
+}
+"""The projection kernels that the package ships, by name."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """A compiled kernel: the library, and what ptxas said of registers a thread and spilled bytes; shared bytes of a block."""
+    """A compiled kernel: the library, registers a thread and spilled bytes by ptxas, threads and shared bytes of a block."""
 
     library: pathlib.Path
     registers: int
@@ -83,7 +104,9 @@ def cache_folder() -> pathlib.Path:
     if given := os.environ.get("HSTU_LAB_KERNELS"):
         return pathlib.Path(given)
     checkout = SOURCES.parents[2]
-    return (checkout / ".build" if (checkout / "pyproject.toml").exists() else pathlib.Path.home() / ".cache/hstu_lab") / "kernels"
+    return (
+        checkout / ".build" if (checkout / "pyproject.toml").exists() else pathlib.Path.home() / ".cache/hstu_lab"
+    ) / "kernels"
 
 
 @functools.cache
@@ -137,7 +160,7 @@ def command(config: LinearConfig, dtype: str, residual: bool, output: str) -> li
 
 def key(config: LinearConfig, dtype: str, residual: bool) -> str:
     """Name of the library in the cache: a hash of sources, flags and versions, none of paths."""
-    flags = [part for part in command(config, dtype, residual, "")[1:] if part.startswith("-") and not part[:2] in ("-I", "-L")]
+    flags = [part for part in command(config, dtype, residual, "")[1:] if part.startswith("-") and part[:2] not in ("-I", "-L")]
     texts = [(SOURCES / name).read_text() for name in ("linear.h", f"linear_sm{config.capability}.cu")]
     versions = [_nvcc_version(), _headers_version()]
     return hashlib.sha256("\0".join([*flags, *texts, *versions]).encode()).hexdigest()[:20]
@@ -163,6 +186,16 @@ def build(config: LinearConfig, dtype: str = "bfloat16", residual: bool = False,
             if not (library.exists() and report.exists()):
                 _compile(config, dtype, residual, library, report)
     return _read(config, library, report)
+
+
+def build_all(
+    names: Iterable[str] = KERNELS, dtype: str = "bfloat16", workers: int | None = None
+) -> dict[tuple[str, bool], Built]:
+    """Every named kernel of KERNELS with both epilogues, as many at once as there are cores; {(name, residual): kernel}."""
+    wanted = [(name, residual) for name in names for residual in (False, True)]
+    with concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        built = pool.map(lambda one: build(KERNELS[one[0]], dtype, one[1]), wanted)
+        return dict(zip(wanted, built))
 
 
 def _compile(config: LinearConfig, dtype: str, residual: bool, library: pathlib.Path, report: pathlib.Path) -> None:

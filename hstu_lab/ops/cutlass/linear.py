@@ -11,8 +11,7 @@ from torch import Tensor
 from hstu_lab.ops.cutlass import build
 from hstu_lab.ops.cutlass.build import LinearConfig
 
-AMPERE = LinearConfig(80, (128, 128, 32))
-HOPPER = LinearConfig(90, (128, 128, 64), cluster=(2, 1), pingpong=True)
+AMPERE, HOPPER = build.KERNELS["cutlass sm_80 128x128"], build.KERNELS["cutlass sm_90 128x128"]
 
 
 class _Arguments(ctypes.Structure):
@@ -57,7 +56,7 @@ def project_residual(
     return _linear(y, weight, bias, x, config, **order)
 
 
-def _linear(x, weight, bias, residual, config, raster: int = 1, swizzle: int = 4) -> Tensor:
+def _linear(x, weight, bias, residual, config, raster: int = 2, swizzle: int = 4) -> Tensor:
     if reason := unsupported(x, weight, bias, residual):
         raise ValueError(reason)
     columns, depth = weight.shape
