@@ -246,6 +246,47 @@ def _silu_by_tanh(answer):
     expect(called.count("tanh") == 1, f"{called.count('tanh')} calls of tanh: one is enough")
 
 
+# 05_cutlass_kernels
+
+
+@register("bank-passes")
+def _bank_passes(answer):
+    rows = [128 * row for row in range(8)]
+    expect(answer([16 * i for i in range(8)]) == 1, "eight pieces side by side: 128 bytes, every bank delivers one word")
+    expect(answer(rows) == 8, "eight rows of 128 bytes, same column: all pieces lie in banks 0 to 3, eight words each")
+    expect(answer([144 * row for row in range(8)]) == 1, "rows of 144 bytes: each row starts four banks further")
+    expect(answer([0] * 8) == 1, "eight threads that read the same piece: a word is delivered once, to everybody")
+    expect(answer([64 * row for row in range(8)]) == 4, "rows of 64 bytes: even rows start at bank 0, odd ones at bank 16")
+    expect(
+        answer([128 * row + 16 * (row % 2) for row in range(8)]) == 4, "one bit of swizzle: two groups of banks share the work"
+    )
+    expect(answer([8 * i for i in range(4)]) == 1, "pieces may overlap: count words, not pieces")
+
+
+@register("swizzle-by-xor")
+def _swizzle_by_xor(answer):
+    from hstu_lab.ops.cute_layouts import shared_offsets
+
+    for bits in (3, 2, 1):
+        truth = shared_offsets(8, 64, 0, bits)
+        for row, column in ((0, 5), (1, 0), (3, 17), (5, 63), (7, 32)):
+            got = answer(64 * row + column, bits)
+            expect(
+                got == truth[row, column],
+                f"{bits} bits: element ({row}, {column}), offset {64 * row + column}, belongs at {truth[row, column]}, got {got}",
+            )
+
+
+@register("consumer-registers")
+def _consumer_registers(answer):
+    expect(
+        answer(2, 24) == 240, "2 consumer warpgroups beside one of 24: (65536 - 128 x 24) / 256 is 244; registers come in eights"
+    )
+    expect(answer(3, 32) == 160, "3 beside one of 32: (65536 - 4096) / 384 is exactly 160")
+    expect(answer(3, 24) == 160, "24 for the producer frees 1,024 registers, too few for 8 more in each of 384 threads")
+    expect(answer(1, 56) == 248, "one consumer could have 456: more than 255 nobody can name, so 248 is the most that counts")
+
+
 # 06_onnx_export
 
 

@@ -170,7 +170,7 @@ def steps_part(record: measure.Record) -> None:
             for t in variants
         }
         compete(record, f"d={d}", run, flops, rounds=3)
-        t = cutlass_ops.HOPPER_ATTENTION["cute 64 keys x3 ahead" if d == 64 else "cute 64 keys x3 behind"]
+        t = HopperTiles()
         grouped = {
             f"group {g}": functools.partial(cute_attention, q, k, v, offsets, divisor=length, max_len=length, tiles=t, group=g)
             for g in (4, 8, GROUP, 32, 128)
@@ -351,22 +351,27 @@ def sanitizer_part(record: measure.Record) -> None:
     """compute-sanitizer's memcheck and racecheck over one small case of each kernel."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     results = record.data.setdefault("compute-sanitizer", {})
-    for check, kernel in itertools.product(("memcheck", "racecheck"), ("attention", "linear")):
-        command = [tool, "--tool", check, sys.executable, "-m", "hstu_lab.cutlass_bench", "--case", kernel]
+    # Calls of the driver that fail (a library asking for what this driver lacks) are no accesses to memory.
+    memcheck = ("--tool", "memcheck", "--report-api-errors", "no")
+    for check, kernel in itertools.product((memcheck, ("--tool", "racecheck")), ("attention", "linear")):
+        command = [tool, *check, sys.executable, "-m", "hstu_lab.cutlass_bench", "--case", kernel]
+        name = f"{' '.join(check[1:])} {kernel}"
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=100)
             summary = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
-            results[f"{check} {kernel}"] = summary[-1].strip("= ") if summary else (done.stdout + done.stderr)[-500:]
+            results[name] = summary[-1].strip("= ") if summary else (done.stdout + done.stderr)[-500:]
+            if "0 errors" not in results[name] or done.returncode:
+                print(done.stdout[:4000], done.stderr[-1000:])
         except subprocess.TimeoutExpired:
-            results[f"{check} {kernel}"] = "not finished after 100 s"
-        print(f"{check} {kernel}: {results[f'{check} {kernel}']}", flush=True)
+            results[name] = "not finished after 100 s"
+        print(f"{name}: {results[name]}", flush=True)
 
 
 def small_case(kernel: str) -> None:
     """One small launch of each kernel of that kind, for a checker to watch; fails where the result is wrong."""
     torch.manual_seed(0)
     if kernel == "attention":
-        for d, tiles in ((64, HopperTiles(64, 3, 4, "ahead", 2)), (128, HopperTiles(64, 3, 3, "behind", 1))):
+        for d, tiles in ((64, HopperTiles(64, 2, 4, "ahead", 2)), (128, HopperTiles())):
             q, k, v, offsets = attention_inputs(torch.tensor([200, 0, 65]), 2, d)
             got = cute_attention(q, k, v, offsets, divisor=200, max_len=200, tiles=tiles)
             assert error(got, reference.attention_jagged(q.float(), k.float(), v.float(), offsets, divisor=200)) < 1e-2

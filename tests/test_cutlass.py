@@ -150,7 +150,9 @@ def test_projections_equal_the_oracle(name, dtype):
 def test_no_rows_and_more_dimensions():
     x, weight, bias, _ = operands(6, 64, 32, torch.bfloat16, 0)
     assert linear.project_silu(x[:0], weight, bias).shape == (0, 64)
-    assert torch.equal(linear.project_silu(x.unflatten(0, (2, 3)), weight, bias).flatten(0, 1), linear.project_silu(x, weight, bias))
+    assert torch.equal(
+        linear.project_silu(x.unflatten(0, (2, 3)), weight, bias).flatten(0, 1), linear.project_silu(x, weight, bias)
+    )
 
 
 @pytest.mark.gpu

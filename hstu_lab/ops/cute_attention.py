@@ -6,7 +6,6 @@ Ahead of time and without a GPU too: `compile_attention` shows PTX, machine code
 from __future__ import annotations
 
 import functools
-import os
 
 import cutlass
 import cutlass.cute as cute
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from hstu_lab.ops.cute_ampere import AmpereAttention, AmpereTiles
 from hstu_lab.ops.cute_hopper import HopperAttention, HopperTiles
+from hstu_lab.ops.cute_tiles import target
 
 DTYPES = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16}
 WIDTHS = (64, 128)
@@ -28,7 +28,7 @@ GROUP = 16
 def default_tiles(width: int, capability: int) -> HopperTiles | AmpereTiles:
     """Hopper: what was fastest on an H200 at long histories. Ampere: the largest that spills nothing."""
     if capability >= 90:
-        return HopperTiles(64, 3, 4, "ahead", 2) if width == 64 else HopperTiles(64, 3, 3, "behind", 1)
+        return HopperTiles()
     return AmpereTiles(128, 64) if width == 64 else AmpereTiles(64, 64)
 
 
@@ -115,11 +115,5 @@ def compiled(width: int, dtype: torch.dtype, tiles: HopperTiles | AmpereTiles, o
     arguments += [Int32(1)] * 3 + [Int64(8)] * 6 + [Float32(1)] * 2 + [Int32(1)] * (2 if hopper else 1)
     kernel = (HopperAttention if hopper else AmpereAttention)(width, element, tiles)
     arch = "sm_90a" if hopper else "sm_80"
-    if not options and torch.cuda.is_available():
-        return cute.compile(kernel, *arguments, driver.CUstream(0))
-    held = os.environ.get("CUTE_DSL_ARCH")
-    os.environ["CUTE_DSL_ARCH"] = arch
-    try:
+    with target(arch):
         return cute.compile(kernel, *arguments, driver.CUstream(0), options=f"{options} --gpu-arch {arch}".strip())
-    finally:
-        os.environ.pop("CUTE_DSL_ARCH") if held is None else os.environ.update(CUTE_DSL_ARCH=held)

@@ -31,8 +31,8 @@ class HopperTiles:
 
     keys: int = 64
     groups: int = 3
-    stages: int = 4
-    order: str = "ahead"
+    stages: int = 3
+    order: str = "behind"
     unroll: int = 1
 
     @property

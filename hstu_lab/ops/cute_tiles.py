@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import warnings
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
+
+
+@contextlib.contextmanager
+def target(arch: str):
+    """Trace and compile for `arch` ("sm_80", "sm_90a"), whatever GPU is here; the DSL's remarks on unrolled loops stay quiet."""
+    held = os.environ.get("CUTE_DSL_ARCH")
+    os.environ["CUTE_DSL_ARCH"] = arch
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This static loop has")
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            yield
+    finally:
+        os.environ.pop("CUTE_DSL_ARCH") if held is None else os.environ.update(CUTE_DSL_ARCH=held)
 
 
 @cute.jit

@@ -6,6 +6,18 @@ Milliseconds everywhere. A stage has the same colour in every figure (Okabe and 
 from hstu_lab.widgets.base import EDGE, STAGE_COLOURS, STYLE, Explorer, Figure, format_bytes, source_line, stage_colours
 from hstu_lab.widgets.kernels import TILE_COLOURS, rates_by_length, share_bars, tile_explorer, tile_kinds, tile_map
 from hstu_lab.widgets.latency import latency_by_length, latency_explorer, stage_waterfall, strategy_waterfall, time_lengths
+from hstu_lab.widgets.layouts import (
+    GROUP_COLOURS,
+    UNIT_COLOURS,
+    bank_explorer,
+    bank_map,
+    overlap_explorer,
+    overlap_map,
+    owner_map,
+    schedule,
+    step_waterfall,
+    tensor_share,
+)
 from hstu_lab.widgets.model import attention_explorer, attention_weights, matrices, quality_bars
 from hstu_lab.widgets.roofline import BOUND_COLOURS, against, prediction_bars, roofline_explorer, roofline_plot, wave_plot
 from hstu_lab.widgets.serving import DECODE, EMPTY, PREFILL, WAITING, kv_blocks, kv_explorer, kv_pool, prefix_reuse, serving_steps

@@ -74,7 +74,6 @@ class LinearConfig:
 KERNELS = {
     "cutlass sm_80 128x128": LinearConfig(80, (128, 128, 32)),
     "cutlass sm_90 128x128": LinearConfig(90, (128, 128, 64), cluster=(1, 2)),
-    "cutlass sm_90 64x128": LinearConfig(90, (64, 128, 64), cluster=(1, 1)),
 }
 """The projection kernels that the package ships, by name."""
 
