@@ -15,6 +15,7 @@ REPORTS = ROOT / ".build" / "reports"
 NBVAL = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=120", "--override-ini=timeout=300"]
 STEPS = {
     "style": [["ruff", "check", "."], ["ruff", "format", "--check", "."]],
+    "kernels": [["hstu_lab.ops.cutlass"]],
     "unit": [["pytest", "-q", "-m", "not browser and not slow", "tests"]],
     "notebooks": [["pytest", "-q", *NBVAL, "notebooks"]],
     "browser": [["pytest", "-q", "-m", "browser", "tests"]],
