@@ -124,6 +124,20 @@ def test_every_choice_of_tiles(width):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 128])
+def test_one_sequence_never_spoils_another(width):
+    g = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(900, 2, width, device="cuda", generator=g).bfloat16() for _ in range(3))
+    offsets = torch.tensor([0, 333, 334, 600, 900], device="cuda")
+    expected = attention_jagged(q, k, v, offsets, divisor=512)
+    for t in (q, k, v):
+        t[333:334], t[600:] = torch.nan, torch.inf
+    got = attention_jagged(q, k, v, offsets, divisor=512)
+    assert torch.equal(got[:333], expected[:333])
+    assert torch.equal(got[334:600], expected[334:600])
+
+
+@pytest.mark.gpu
 def test_a_loose_bound_and_one_long_sequence():
     assert case([5, 300], width=64, seed=0, max_len=4096) < 1e-2
     assert case([5000], width=64, seed=1, heads=1) < 1e-2

@@ -11,7 +11,7 @@ import torch
 from hstu_lab.ops import reference
 from hstu_lab.ops.cute_compile import compile_linear, occupancy
 from hstu_lab.ops.cutlass import build, linear
-from hstu_lab.ops.cutlass.build import KERNELS, LinearConfig
+from hstu_lab.ops.cutlass.build import KERNELS
 
 SM80, SM90 = "cutlass sm_80 128x128", "cutlass sm_90 128x128"
 
@@ -62,20 +62,37 @@ def test_the_cache_is_keyed_by_content(monkeypatch, tmp_path):
     assert build.key(KERNELS[SM80], "bfloat16", False) != before
 
 
-def test_two_at_once_compile_once(tmp_path, capfd):
+@pytest.fixture
+def small_source(tmp_path, monkeypatch):
+    """write(text) makes that the source of the sm_80 kernel: nvcc is real, CUTLASS's ten seconds are saved."""
+    monkeypatch.setattr(build, "SOURCES", tmp_path / "source")
+    build.SOURCES.mkdir()
+    (build.SOURCES / "linear.h").touch()
+    return (build.SOURCES / "linear_sm80.cu").write_text
+
+
+def test_two_at_once_compile_once(small_source, tmp_path, capfd):
+    small_source("""
+        __global__ void kernel() {}
+        extern "C" char const* hstu_error(int) { return "none"; }
+        extern "C" int hstu_shared_bytes() { return TILE_M; }
+    """)
+    folder = tmp_path / "cache"
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda _: build.build(KERNELS[SM80], folder=tmp_path), range(2))
+        first, second = pool.map(lambda _: build.build(KERNELS[SM80], folder=folder), range(2))
     assert first == second
     assert capfd.readouterr().err.count("kept in") == 1
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".lock", ".ptxas", ".so"]
-    assert build.build(KERNELS[SM80], folder=tmp_path).shared_bytes == 4 * (128 + 128) * 32 * 2
+    assert sorted(path.suffix for path in folder.iterdir()) == [".lock", ".ptxas", ".so"]
+    again = build.build(KERNELS[SM80], folder=folder)
+    assert (again.shared_bytes, again.spilled_bytes, again.threads) == (128, 0, 128)
     assert capfd.readouterr().err == ""
 
 
-def test_what_nvcc_refuses_leaves_nothing_behind(tmp_path):
-    with pytest.raises(build.CompileFailed, match=r"(?s)128x128x24, bfloat16: nvcc answered .*error"):
-        build.build(LinearConfig(80, (128, 128, 24)), folder=tmp_path)
-    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+def test_what_nvcc_refuses_leaves_nothing_behind(small_source, tmp_path):
+    small_source("#error not today\n")
+    with pytest.raises(build.CompileFailed, match=r"(?s)SiLU projection, 128x128x32, bfloat16: nvcc answered .*not today"):
+        build.build(KERNELS[SM80], folder=tmp_path / "cache")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
     with pytest.raises(ValueError, match="dtype is 'float32': the CUTLASS kernels take bfloat16 and float16"):
         build.build(KERNELS[SM80], "float32", folder=tmp_path)
 

@@ -57,8 +57,7 @@ def attention_jagged(
 ) -> Tensor:  # fmt: skip
     """Causal attention over jagged sequences, no bias; shapes as in `hstu_lab.ops.reference.attention_jagged`.
 
-    `max_len` bounds the length of a sequence; without it the number is read back from the device. A NaN or infinity in one
-    sequence's values may reach the last rows of the sequence before it (Hopper: whole tiles are loaded, and 0 x NaN is NaN).
+    `max_len` bounds the length of a sequence; without it the number is read back from the device.
     Raises ValueError for what `unsupported` names.
     """
     if reason := unsupported(q, k, v):

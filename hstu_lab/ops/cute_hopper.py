@@ -316,6 +316,8 @@ class HopperAttention:
                     O.fill(0.0)
                     self.scores(tQ, tK, S, bars, used)
                     cut = row0 - (mine - 1) * keys
+                    if mine * keys > length:
+                        self.blank(sV, bars, used, length - (mine - 1) * keys, thread, wg)
                     if cutlass.const_expr(self.tiles.order == "ahead"):
                         used = self.ahead(tQ, tK, tV, S, N, cS, P, O, bars, used, mine, cut, half_scale)
                     else:
@@ -352,6 +354,19 @@ class HopperAttention:
         warpgroup.wait_group(0)
         self.release(bars, "v", used)
         return used + 1
+
+    @cute.jit
+    def blank(self, sV, bars, used, valid, thread, wg):
+        """Zero the values after the sequence's end, which are its neighbour's: their weight is zero, but 0 x NaN is NaN.
+
+        Every warpgroup does it before its own products, so it does not matter which of them is first.
+        """
+        self.wait_full(bars, "v", used)
+        stage, at_once = used % self.stages, 128 // self.d
+        for row in cutlass.range(valid + thread // self.d, self.keys, at_once, unroll=1):
+            sV[thread % self.d, row, stage] = self.dtype(0)
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.barrier(barrier_id=wg + 1, number_of_threads=128)
 
     @cute.jit
     def behind(self, tQ, tK, tV, S, cS, P, O, bars, used, mine, cut, half_scale):

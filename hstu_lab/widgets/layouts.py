@@ -106,9 +106,10 @@ def owner_map(operands: Sequence[str]) -> Figure:
 def schedule(order: str, groups: int, product: float, silu: float, tiles: int) -> list[tuple[int, str, float, float]]:
     """(warpgroup, work, start, end) of an attention loop over `tiles` key tiles.
 
-    A model with two units, each doing one thing at a time. product: time of one of a tile's two matrix products on the tensor core; silu: of its SiLU on the special-function units.
-    order "one by one" waits for everything, "behind" leaves the last tile's second product running beside the SiLU, "ahead"
-    starts the next tile's scores as well. Raises ValueError for another order.
+    A model with two units, each doing one thing at a time. product: time of one of a tile's two matrix products on the tensor
+    core; silu: of its SiLU on the special-function units. order "one by one" waits for everything, "behind" leaves the last
+    tile's second product running beside the SiLU, "ahead" starts the next tile's scores as well. Raises ValueError for another
+    order.
     """
     if order not in ("one by one", "behind", "ahead"):
         raise ValueError(f"order is {order!r}: use one by one, behind or ahead")
