@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument("--users", type=_positive, metavar="N", help="how many users (modes batch, benchmark, comprehensive)")
     serving.add_argument("--task", choices=("topk", "slate"))
     serving.add_argument("--strategy", choices=("auto", "eager", "onnx", "vllm", "tensorrt", "unified"))
-    serving.add_argument("--ops", choices=("reference", "triton"), help="operators of the PyTorch and vLLM stages")
+    serving.add_argument("--ops", choices=("reference", "triton", "cutlass"), help="operators of the PyTorch and vLLM stages")
     serving.add_argument("--batch-size", type=_positive, metavar="N")
     serving.add_argument("--reject-file", metavar="FILE", help="where bad rows go (mode batch: beside the events)")
 

@@ -29,7 +29,7 @@ class Settings(BaseSettings):
     """Event file or MovieLens folder; None takes the sample log."""
     task: Literal["topk", "slate"] = "topk"
     strategy: Literal["auto", "eager", "onnx", "vllm", "tensorrt", "unified"] = "auto"
-    ops: Literal["reference", "triton"] = "reference"
+    ops: Literal["reference", "triton", "cutlass"] = "reference"
     """Operators of the PyTorch and vLLM stages."""
     batch_size: int = Field(64, ge=1, le=4096)
     """Most requests that one engine call answers together."""

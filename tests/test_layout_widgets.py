@@ -83,6 +83,6 @@ def test_overlap_is_drawn_for_each_order_and_follows_its_controls():
 def test_step_waterfall_tells_gain_and_distance():
     figure = widgets.step_waterfall({"first": 4e-3, "second": 1e-3}, 0.5e-3, "t", "recorded on X")
     axes = figure.axes[0]
-    assert said(axes) == ["4 ms, 12 % of the roofline", "1 ms, 4.00x the step before, 50 % of the roofline"]
+    assert said(axes) == ["4 ms, 12 % of the roofline", "1 ms, 4.00x as fast as the bar above, 50 % of the roofline"]
     assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, 4), (0, 1), (1, 3)]
     assert figure.get_supxlabel() == "recorded on X"

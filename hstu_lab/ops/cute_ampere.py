@@ -46,11 +46,12 @@ class AmpereAttention:
         half_scale: Float32, out_scale: Float32, group: Int32, stream: driver.CUstream,
     ):  # fmt: skip
         max_tiles = cute.ceil_div(max_len, self.queries)
+        strides = [Int32(stride) for stride in (q_row, q_head, k_row, k_head, v_row, v_head)]
         self.kernel(
-            q, k, v, out, offsets, batch * heads, heads, max_tiles, q_row, q_head, k_row, k_head, v_row, v_head, half_scale,
-            out_scale, group,
+            q, k, v, out, offsets, batch * heads, heads, max_tiles, *strides, half_scale, out_scale, group
         ).launch(
-            grid=(batch * heads * max_tiles, 1, 1), block=(self.threads, 1, 1), smem=self.shared_bytes(), stream=stream
+            grid=(batch * heads * max_tiles, 1, 1), block=(self.threads, 1, 1), smem=self.shared_bytes(), stream=stream,
+            min_blocks_per_mp=1,
         )  # fmt: skip
 
     def tiled_mma(self) -> cute.TiledMma:
@@ -66,7 +67,7 @@ class AmpereAttention:
     @cute.kernel
     def kernel(
         self, q: cute.Pointer, k: cute.Pointer, v: cute.Pointer, out: cute.Pointer, offsets: cute.Pointer, pairs: Int32,
-        heads: Int32, max_tiles: Int32, q_row: Int64, q_head: Int64, k_row: Int64, k_head: Int64, v_row: Int64, v_head: Int64,
+        heads: Int32, max_tiles: Int32, q_row: Int32, q_head: Int32, k_row: Int32, k_head: Int32, v_row: Int32, v_head: Int32,
         half_scale: Float32, out_scale: Float32, group: Int32,
     ):  # fmt: skip
         d, queries, keys = self.d, self.queries, self.keys

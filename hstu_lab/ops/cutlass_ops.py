@@ -29,7 +29,6 @@ TRITON = "triton"
 HOPPER_ATTENTION = {
     "cute 64 keys x3 behind": HopperTiles(64, 3, 3, "behind", 1),
     "cute 64 keys x2 ahead": HopperTiles(64, 2, 4, "ahead", 2),
-    "cute 128 keys x2 behind": HopperTiles(128, 2, 2, "behind", 1),
 }
 """Hopper attention kernels that the dispatcher knows, by name: keys of a tile, consumer warpgroups, order of work."""
 

@@ -199,13 +199,13 @@ def step_waterfall(steps: Mapping[str, float], floor: float, title: str = "", so
             axes.barh(row, 1e3 * now, color="#0072b2", **EDGE)
             if before > now:
                 axes.barh(row, 1e3 * (before - now), left=1e3 * now, color="#cde3f2", **EDGE)
-            gain = f", {before / now:.2f}x the step before" if row else ""
+            gain = f", {before / now:.2f}x as fast as the bar above" if row else ""
             text = f"{1e3 * now:.3g} ms{gain}, {100 * floor / now:.0f} % of the roofline"
             axes.annotate(text, (1e3 * max(before, now), row), (5, 0), textcoords="offset points", va="center", fontsize=8.5)
         axes.axvline(1e3 * floor, color="#444444", linewidth=1.5)
         axes.set_yticks(range(len(names)), names)
         axes.set(
-            ylim=(len(names) - 0.4, -0.6), xlim=(0, 1e3 * max(seconds) * 1.5), xlabel="ms; dark line: the roofline", title=title
+            ylim=(len(names) - 0.4, -0.6), xlim=(0, 1e3 * max(seconds) * 1.9), xlabel="ms; dark line: the roofline", title=title
         )
         axes.grid(axis="y", visible=False)
         source_line(figure, source)
