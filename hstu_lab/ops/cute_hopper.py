@@ -161,13 +161,13 @@ class HopperAttention:
         cute.arch.sync_threads()
 
         if warp < 4:
-            cute.arch.warpgroup_reg_dealloc(self.producer_registers)
+            cute.arch.setmaxregister_decrease(self.producer_registers)
             if warp == 0:
                 self.produce(
                     tma_q, tQ, tma_k, tK, tma_v, tV, sQ, sK, sV, bars, work, mOffsets, mCounter, pairs, heads, max_tiles, group
                 )
         else:
-            cute.arch.warpgroup_reg_alloc(self.consumer_registers)
+            cute.arch.setmaxregister_increase(self.consumer_registers)
             self.consume(sQ, sK, sV, sO, bars, work, mO, thread % 128, warp // 4 - 1, half_scale, out_scale)
 
     @cute.jit

@@ -215,15 +215,24 @@ def _compile(config: LinearConfig, dtype: str, residual: bool, library: pathlib.
             raise CompileFailed(f"{name}: nvcc answered {process.returncode}: {said[-2000:]}")
         report.write_text(said)
         os.replace(output, library)
-    print(f"{name}: {seconds:.0f} s, kept in {library}", file=sys.stderr)
+    clear = "\r\033[K" if sys.stderr.isatty() else ""
+    print(f"{clear}{name}: {seconds:.0f} s, kept in {library}", file=sys.stderr)
+
+
+_running: dict[str, float] = {}
 
 
 def _wait(process: subprocess.Popen, name: str) -> float:
-    start = time.monotonic()
-    while process.poll() is None:
-        time.sleep(0.2)
-        if sys.stderr.isatty():
-            print(f"\r{name}: {time.monotonic() - start:.0f} s", end="\r", file=sys.stderr, flush=True)
+    """Seconds until the compiler is done; on a terminal one line counts for all that run."""
+    _running[name] = start = time.monotonic()
+    try:
+        while process.poll() is None:
+            time.sleep(0.2)
+            if sys.stderr.isatty():
+                line = f"{len(_running)} of nvcc at work, the first for {time.monotonic() - min(_running.values()):.0f} s: {name}"
+                print(f"\r\033[K{line[:100]}", end="\r", file=sys.stderr, flush=True)
+    finally:
+        del _running[name]
     return time.monotonic() - start
 
 
