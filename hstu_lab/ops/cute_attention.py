@@ -78,14 +78,15 @@ def attention_jagged(
     sizes = [Int32(offsets.shape[0] - 1), Int32(heads), Int32(max_len)]
     scales = [Float32(0.5 * d**-0.5), Float32(1 / divisor), Int32(group)]
     stream = driver.CUstream(torch.cuda.current_stream(q.device).cuda_stream)
-    kernel = compiled(d, q.dtype, tiles)
-    if isinstance(tiles, AmpereTiles):
-        kernel(*pointers, *sizes, *strides, *scales, stream)
-    else:
-        # The next piece of work, shared by all blocks of this launch.
-        counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-        pointers.append(_pointer(Int32, counter.data_ptr(), 4))
-        kernel(*pointers, Int32(total), *sizes, *strides, *scales, Int32(processors), stream)
+    with torch.cuda.device(q.device):
+        kernel = compiled(d, q.dtype, tiles)
+        if isinstance(tiles, AmpereTiles):
+            kernel(*pointers, *sizes, *strides, *scales, stream)
+        else:
+            # The next piece of work, shared by all blocks of this launch.
+            counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+            pointers.append(_pointer(Int32, counter.data_ptr(), 4))
+            kernel(*pointers, Int32(total), *sizes, *strides, *scales, Int32(processors), stream)
     return out
 
 

@@ -74,7 +74,9 @@ def _linear(x, weight, bias, residual, config, raster: int = 2, swizzle: int = 4
         x.stride(0), 0 if residual is None else residual.stride(0), rows, columns, depth, processors, raster, swizzle,
     )  # fmt: skip
     stream = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
-    if code := functions.hstu_linear(ctypes.byref(arguments), stream):
+    with torch.cuda.device(x.device):
+        code = functions.hstu_linear(ctypes.byref(arguments), stream)
+    if code:
         raise LaunchFailed(f"{rows} x {depth} by {columns} x {depth}: {functions.hstu_error(code).decode()} ({config})")
     return out
 
