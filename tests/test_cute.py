@@ -164,6 +164,15 @@ def test_the_same_answer_every_time_and_in_a_graph():
 
 
 @pytest.mark.gpu
+def test_an_address_that_tma_cannot_read_is_copied():
+    flat = torch.randn(300 * 2 * 64 + 1, device="cuda").bfloat16()
+    q = flat[1:].view(300, 2, 64)
+    offsets = torch.tensor([0, 300], device="cuda")
+    expected = attention_jagged(q.clone(), q.clone(), q.clone(), offsets, divisor=512)
+    assert torch.equal(attention_jagged(q, q, q, offsets, divisor=512), expected)
+
+
+@pytest.mark.gpu
 def test_no_rows():
     empty = torch.zeros(0, 2, 64, device="cuda", dtype=torch.bfloat16)
     assert attention_jagged(empty, empty, empty, torch.tensor([0, 0], device="cuda"), divisor=1).shape == (0, 2, 64)

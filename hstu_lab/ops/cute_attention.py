@@ -26,8 +26,8 @@ GROUP = 16
 
 
 def default_tiles(width: int, capability: int) -> HopperTiles | AmpereTiles:
-    """Hopper: what was fastest on an H200 at long histories. Ampere: the largest that spills nothing."""
-    if capability >= 90:
+    """Hopper: what was fastest on an H200 at long histories. Others, by Ampere's kernel: the largest that spills nothing."""
+    if capability == 90:
         return HopperTiles()
     return AmpereTiles(128, 64) if width == 64 else AmpereTiles(64, 64)
 
@@ -68,7 +68,7 @@ def attention_jagged(
         return out
     if max_len is None:
         max_len = int(offsets.diff().max())
-    q, k, v = (t if _readable(t) else t.contiguous() for t in (q, k, v))
+    q, k, v = (t if _readable(t) else t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
     offsets = offsets.long().contiguous()
     processors, capability = device_facts(q.device)
     tiles = tiles or default_tiles(d, capability)
