@@ -73,6 +73,12 @@ def test_default_tiles_fit_shared_memory(capability):
         )
 
 
+@pytest.mark.parametrize("wrong", [{"keys": 96}, {"groups": 4}, {"order": "sideways"}, {"stages": 1}])
+def test_tiles_that_the_kernel_cannot_do_are_refused(wrong):
+    with pytest.raises(ValueError, match="keys 64 or 128, groups 2 or 3, at least 2 stages, order ahead or behind"):
+        HopperTiles(**wrong)
+
+
 def test_tensors_of_another_device_are_named():
     q = torch.zeros(3, 2, 64, dtype=torch.bfloat16)
     assert unsupported(q, q, q) == "q is on cpu: a CUDA device is needed"

@@ -1,7 +1,8 @@
 """HSTU attention for Hopper in CuTe DSL: TMA loads, wgmma, one producer warp and two or three consumer warpgroups.
 
 No softmax means that tiles of keys are independent, so a consumer keeps the tensor core busy on its own: while it turns the
-scores of one tile into weights (SiLU, on the special-function units), the products of the tiles before and after are running.
+scores of one tile into weights (SiLU, on the special-function units), products of its other tiles and of its neighbours run.
+One block a multiprocessor takes tiles of queries off a counter until none is left.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ class HopperTiles:
     stages: int = 3
     order: str = "behind"
     unroll: int = 1
+
+    def __post_init__(self):
+        if self.keys not in (64, 128) or self.groups not in (2, 3) or self.order not in ("ahead", "behind") or self.stages < 2:
+            raise ValueError(f"{self}: keys 64 or 128, groups 2 or 3, at least 2 stages, order ahead or behind")
 
     @property
     def queries(self) -> int:
