@@ -25,8 +25,8 @@ from hstu_lab.onnx_export import (
     export,
     export_cached,
     history_inputs,
-    parity,
 )
+from hstu_lab.onnx_report import parity
 from hstu_lab.ops.reference import time_thresholds
 
 
@@ -240,7 +240,7 @@ def cut(path, keep):
         (lambda p: p.write_bytes(b"\x80\x04garbage" * 50), "not a readable ONNX model"),
         (lambda p: cut(p, p.stat().st_size // 2), "not a readable ONNX model"),
         (lambda p: cut(p, -1), "not a readable ONNX model"),
-        (lambda p: rewrite(p, schema_version="99"), "schema_version is 99, not 1"),
+        (lambda p: rewrite(p, schema_version="99"), "schema_version is 99, not 2"),
         (lambda p: rewrite(p, checkpoint=None), "no 'checkpoint'"),
         (lambda p: rewrite(p, checkpoint="0" * 64), "its checkpoint is not that of encoder.onnx"),
         (lambda p: rewrite(p, config="{}"), "its config is not that of encoder.onnx"),
