@@ -71,6 +71,9 @@ class PartModels:
     def _run(self, part: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Free what the engine holds."""
+
     def _checked(self, part: str, inputs: dict[str, Array]) -> dict[str, np.ndarray]:
         if part not in INPUTS:
             raise OnnxError(f"part {part!r} is unknown: use one of {', '.join(INPUTS)}")

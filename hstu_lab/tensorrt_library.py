@@ -217,3 +217,21 @@ def gpu_name() -> str:
 
     status, properties = runtime.cudaGetDeviceProperties(0)
     return properties.name.decode().rstrip("\0") if int(status) == 0 else ""
+
+
+def why_not_here() -> str | None:
+    """What keeps engines from running on this machine, with the remedy; None where nothing does."""
+    target = gpu_target()
+    if target is None:
+        return (
+            "needs an NVIDIA GPU to run its engines and none is visible "
+            "(`python -m hstu_lab export --to tensorrt` builds them without one)"
+        )
+    try:
+        library = find_library(target=target)
+    except LibraryMissing as error:
+        return f"needs TensorRT: {error}"
+    if library.is_rtx and target not in library.targets:
+        runs_on = ", ".join(library.targets)
+        return f"needs the full TensorRT on this GPU ({target}), pip install tensorrt: {library.label} runs on {runs_on} only"
+    return None

@@ -6,10 +6,11 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 
 from hstu_lab.config import ModelConfig
 from hstu_lab.measure import data_root
-from hstu_lab.onnx_models import INPUTS, PartModels, check_metadata, check_set, load_metadata_config
+from hstu_lab.onnx_models import INPUTS, Array, PartModels, check_metadata, check_set, load_metadata_config
 from hstu_lab.tensorrt_build import WORKSPACE, EngineCache, Progress, Request, onnx_metadata
 from hstu_lab.tensorrt_engine import Engine, EngineError
 from hstu_lab.tensorrt_plan import Profile, read_header
@@ -84,6 +85,17 @@ class TensorRtModels(PartModels):
         """What runs, for example "TensorRT 11.4.0 fp16"."""
         engine = self._engines["stack"]
         return f"{engine.library.label}, {self.precision}, {engine.header.target}"
+
+    def run(self, part: str, **inputs: Array) -> dict[str, Array]:
+        """Every output of one part by name; CUDA tensors are read where they lie and answered on the GPU.
+
+        Raises OnnxError or InputError naming the input that does not fit. Values inside CUDA tensors are not looked at.
+        """
+        if not all(getattr(value, "is_cuda", False) for value in inputs.values()):
+            return super().run(part, **inputs)
+        engine = self._engines[part]
+        wanted = {spec.name: getattr(torch, spec.dtype) for spec in engine.header.inputs if "int" in spec.dtype}
+        return engine.infer({k: v.to(wanted[k]) if k in wanted else v.contiguous() for k, v in inputs.items()})
 
     def _run(self, part: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         engine = self._engines[part]
