@@ -28,10 +28,8 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """precision -> exported folder of the shipped checkpoint; int8 from the sample log's histories."""
-    root = tmp_path_factory.mktemp("onnx")
-    return {precision: export_cached(SHIPPED_CHECKPOINT, root, precision=precision, progress=False) for precision in TOLERANCE}
+def folders(small_onnx):
+    return small_onnx
 
 
 @pytest.fixture(scope="module")
