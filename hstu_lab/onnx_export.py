@@ -56,8 +56,20 @@ class StackPart(nn.Module):
 
     def forward(self, x: Tensor, times: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, N, d_model), times (B, N) seconds, lengths (B,) -> logits (B, num_items), hidden (B, d_model)."""
-        hidden = self.stack.dense(x, lengths, times)
-        last = hidden[torch.arange(x.shape[0], device=x.device), lengths - 1]
+        stack, config = self.stack, self.stack.config
+        position = torch.arange(x.shape[1], device=x.device)
+        inside = position < lengths.unsqueeze(1)
+        allowed = reference.visible(position, position, config.num_context) & inside.unsqueeze(1) & inside.unsqueeze(2)
+        buckets = reference.pairwise_buckets(times, times, config.num_time_buckets) if config.rab == "position+time" else None
+
+        def attend(_, q, k, v, bias):  # as HSTUStack.dense, with one mask for all layers
+            rab = bias(position, position, None, None, buckets) if bias else None
+            heads = (each.transpose(1, 2) for each in (q, k, v))
+            return reference.pointwise_attention(*heads, allowed.unsqueeze(1), rab, config.max_seq_len).transpose(1, 2)
+
+        hidden = stack(x, attend)
+        end = (lengths - 1).view(-1, 1, 1).expand(-1, 1, x.shape[2])
+        last = hidden.gather(1, end).squeeze(1)
         return self.logits(last, self.item_matrix), last
 
 
@@ -151,9 +163,10 @@ def export(
         parts = {"encoder": model.encoder, "stack": StackPart(model), "ranker": RankerPart(model)}
         for name in (bar := tqdm(parts, desc="ONNX export", unit="part", disable=None if progress else True)):
             bar.set_postfix_str(name)
-            program = _trace(name, parts[name].eval(), model.config, sizes or {})
+            program = trace(name, parts[name].eval(), model.config, sizes or {})
             program.model.metadata_props.update({"part": name, **metadata})
-            _save(program.model_proto, folder / f"{name}.onnx")
+            proto = program.model_proto
+            _save(onnx_precision.fold_indices(proto) if sizes else proto, folder / f"{name}.onnx")
         if precision != "fp32":
             convert_folder(model, folder, folder, precision, histories)
     finally:
@@ -183,9 +196,9 @@ def convert_folder(
     for part, proto in protos.items():
         scales = None
         if precision == "int8":
-            scales = onnx_precision.calibrate(proto, batches[part])
+            scales = onnx_precision.quiet_steps(onnx_precision.calibrate(proto, batches[part]))
             if part == "stack":
-                scales.pop(onnx_precision.quantisable(proto)[-1])
+                scales.pop(onnx_precision.quantisable(proto)[-1], None)
         converted = onnx_precision.convert(proto, scales)
         said = {"precision": precision} | ({"calibration": f"{len(histories)} histories {_digest(histories)}"} if scales else {})
         kept = {entry.key: entry.value for entry in proto.metadata_props}
@@ -210,7 +223,8 @@ def _check_precision(precision: str, histories: Sequence[Sequence[int]] | None) 
         )
 
 
-def _trace(name: str, part: nn.Module, config: ModelConfig, fixed: Mapping[str, int] | None = None) -> torch.onnx.ONNXProgram:
+def trace(name: str, part: nn.Module, config: ModelConfig, fixed: Mapping[str, int] | None = None) -> torch.onnx.ONNXProgram:
+    """One part as an ONNX program with `fixed` sizes, the others free. Raises OnnxError where the exporter fixed one more."""
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:

@@ -7,6 +7,7 @@ an engine fuses them with the casts around them and reads and writes halves.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -17,6 +18,9 @@ from onnx import TensorProto, helper, numpy_helper
 PRECISIONS = ("fp32", "fp16", "int8")
 LEVELS = 127
 """Largest int8 value; -128 is not used, so that the scale is symmetric."""
+MOST_NOISE = 0.02
+"""Products whose input int8 would blur by more than this stay fp16: gated sums have few values far out that stretch the step."""
+
 _SAMPLED = 200_000
 
 
@@ -67,7 +71,7 @@ class _Editor:
 
 
 def convert(model: onnx.ModelProto, scales: Mapping[str, float] | None = None) -> onnx.ModelProto:
-    """A copy in fp16, or, given the step of each product's input (`calibrate`), in int8 with explicit Q/DQ.
+    """A copy in fp16, or, given steps of products' inputs (`calibrate`, `quiet_steps`), in int8 with explicit Q/DQ.
 
     int8: products with a weight take int8 on both sides (input: one symmetric scale, weight: one a column); products of two
     activations (Q K', A V) and the look-up tables are fp16. fp16: all of them are.
@@ -138,6 +142,30 @@ def quantise_columns(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(np.rint(weight / steps), -LEVELS, LEVELS).astype(np.int8), steps
 
 
+def fold_indices(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which masks and indices made of constants alone are constants: fixed shapes leave many of them."""
+    from onnx.reference import ReferenceEvaluator
+
+    edit = _Editor(model)
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    same: dict[tuple, str] = {}
+    renamed: dict[str, str] = {}
+    for node in edit.graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = renamed.get(name, name)
+        known = [edit.weights.get(name) for name in node.input if name]
+        whole = all(value is not None and value.dtype != np.float32 for value in known)
+        if node.op_type in ("Range", "Constant") or not whole or not known:
+            edit.nodes.append(node)
+            continue
+        feeds = dict(zip((name for name in node.input if name), known))
+        for name, value in zip(node.output, ReferenceEvaluator(node, opsets=opsets).run(None, feeds)):
+            value = np.asarray(value)
+            renamed[name] = same.setdefault((value.dtype.str, value.shape, value.tobytes()), name)
+            edit.constant(renamed[name], value)
+    return edit.finish()
+
+
 # ---- calibration
 
 
@@ -147,8 +175,16 @@ def quantisable(model: onnx.ModelProto) -> list[str]:
     return list(dict.fromkeys(n.input[0] for n in model.graph.node if n.op_type == "MatMul" and n.input[1] in weights))
 
 
-def calibrate(model: onnx.ModelProto, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:
-    """The int8 step of each of `quantisable`'s tensors, from what passes through them when the fp32 model runs on `batches`.
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """How one tensor fits int8: the best step, and the noise that rounding and clipping add (rms, relative to the tensor's)."""
+
+    step: float
+    noise: float
+
+
+def watch(model: onnx.ModelProto, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Magnitudes (n,) of all that passes through each of `quantisable`'s tensors when the fp32 model runs on `batches`.
 
     Give batches without padding: it would count as well. Raises ValueError where there are none.
     """
@@ -167,20 +203,31 @@ def calibrate(model: onnx.ModelProto, batches: Iterable[Mapping[str, np.ndarray]
             seen[name].append(np.abs(values).ravel())
     if names and not seen[names[0]]:
         raise ValueError("no histories to calibrate with: give at least one")
-    return {name: best_step(np.concatenate(values)) for name, values in seen.items()}
+    return {name: np.concatenate(values) for name, values in seen.items()}
 
 
-def best_step(magnitudes: np.ndarray) -> float:
-    """Step of the symmetric int8 scale with the least mean squared error for values of these magnitudes (n,).
+def calibrate(model: onnx.ModelProto, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, Range]:
+    """The int8 range of each of `quantisable`'s tensors, from batches as `watch` wants them."""
+    return {name: best_range(values) for name, values in watch(model, batches).items()}
+
+
+def quiet_steps(ranges: Mapping[str, Range], most: float = MOST_NOISE) -> dict[str, float]:
+    """Steps of the tensors that int8 blurs by no more than `most`; the others' products stay fp16."""
+    return {name: found.step for name, found in ranges.items() if found.noise <= most}
+
+
+def best_range(magnitudes: np.ndarray) -> Range:
+    """The symmetric int8 step with the least mean squared error for values of these magnitudes (n,).
 
     The error of a step s is s²/12 inside the range and the overshoot beyond 127 s; the largest magnitude, and each of 60
     shorter ranges down to a tenth of it, are tried.
     """
     largest = float(magnitudes.max(initial=0.0))
     if largest == 0:
-        return 1.0 / LEVELS
+        return Range(1.0 / LEVELS, 0.0)
     stride = max(len(magnitudes) // _SAMPLED, 1)
     sample = np.append(magnitudes[::stride], largest).astype(np.float64)
     ends = largest * np.linspace(0.1, 1.0, 61)
     errors = [np.square(np.maximum(sample - end, 0)).sum() + (sample <= end).sum() * (end / LEVELS) ** 2 / 12 for end in ends]
-    return float(ends[int(np.argmin(errors))] / LEVELS)
+    best = int(np.argmin(errors))
+    return Range(float(ends[best] / LEVELS), float(np.sqrt(errors[best] / np.square(sample).sum())))

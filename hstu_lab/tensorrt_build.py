@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from hstu_lab.tensorrt_library import DTYPES, EngineError, Library, LibraryMissing, NoGpu, find_library, gpu_name, gpu_target
 from hstu_lab.tensorrt_plan import FORMAT, DamagedEngine, Header, Profile, TensorSpec, read_engine, read_header, write_engine
@@ -152,7 +152,7 @@ def build(request: Request, *, progress: Progress = True) -> tuple[Header, bytes
     Raises BuildError with what TensorRT said.
     """
     library, started = request.library, time.perf_counter()
-    data = request.onnx.read_bytes()
+    data, graph = request.onnx.read_bytes(), _read_onnx(request.onnx).graph
     with library.listening() as said:
         trt = library.trt
         builder = trt.Builder(library.logger)
@@ -161,7 +161,7 @@ def build(request: Request, *, progress: Progress = True) -> tuple[Header, bytes
         if not parser.parse(data):
             reason = parser.get_error(0).desc() if parser.num_errors else (said or ["no reason given"])[0]
             raise BuildError(f"{request.onnx}: {library.label} cannot parse it: {_line(reason)}")
-        inputs = tuple(_spec(network.get_input(i)) for i in range(network.num_inputs))
+        inputs = _named(graph.input, [_spec(network.get_input(i)) for i in range(network.num_inputs)])
         config = builder.create_builder_config()
         library.configure(
             config, precision=request.precision, target=request.target, workspace=request.workspace, tf32=request.tf32,
@@ -173,16 +173,18 @@ def build(request: Request, *, progress: Progress = True) -> tuple[Header, bytes
             monitor = library.monitor(report)
             if monitor is not None:
                 config.progress_monitor = monitor
+            keep_timings = library.use_timings(config)
             plan = builder.build_serialized_network(network, config)
+            keep_timings()
         if monitor is not None and monitor.error is not None:
             raise monitor.error
         if plan is None:
             raise BuildError(f"{request.onnx}: {library.label} could not build: {_reason(said, request)}")
-        outputs = tuple(_spec(network.get_output(i)) for i in range(network.num_outputs))
+        outputs = _named(graph.output, [_spec(network.get_output(i)) for i in range(network.num_outputs)])
         header = Header(
             library=library.name, version=library.version, target=request.target, gpu=request.gpu, precision=request.precision,
             onnx=hashlib.sha256(data).hexdigest(), structure=structure_hash(request.onnx), inputs=inputs,
-            outputs=_name_outputs(request.onnx, outputs), profiles=request.profiles, workspace=request.workspace,
+            outputs=outputs, profiles=request.profiles, workspace=request.workspace,
             tf32=request.tf32, refittable=request.refit, layers=network.num_layers,
             seconds=round(time.perf_counter() - started, 2), metadata=onnx_metadata(request.onnx),
         )  # fmt: skip
@@ -191,16 +193,19 @@ def build(request: Request, *, progress: Progress = True) -> tuple[Header, bytes
 
 def _spec(tensor) -> TensorSpec:
     shape = tuple(tensor.shape)
-    names = (tensor.get_dimension_name(i) or f"{tensor.name}[{i}]" for i in range(len(shape)))
-    return TensorSpec(tensor.name, DTYPES[tensor.dtype.name], tuple(n if size < 0 else size for n, size in zip(names, shape)))
+    dims = tuple(f"{tensor.name}[{i}]" if size < 0 else size for i, size in enumerate(shape))
+    return TensorSpec(tensor.name, DTYPES[tensor.dtype.name], dims)
 
 
-def _name_outputs(path: pathlib.Path, outputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-    """TensorRT forgets the names of the outputs' dimensions; the ONNX file has them."""
-    declared = {value.name: value.type.tensor_type.shape.dim for value in _read_onnx(path).graph.output}
+def _named(declared: Iterable, tensors: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """The specs with the ONNX file's names for free dimensions: TensorRT forgets those of outputs, an old one all of them."""
+    dims = {value.name: value.type.tensor_type.shape.dim for value in declared}
     return tuple(
-        dataclasses.replace(spec, dims=tuple(d.dim_param or size for d, size in zip(declared[spec.name], spec.dims)))
-        for spec in outputs
+        dataclasses.replace(
+            spec,
+            dims=tuple((d.dim_param or size) if isinstance(size, str) else size for d, size in zip(dims[spec.name], spec.dims)),
+        )
+        for spec in tensors
     )
 
 

@@ -14,7 +14,7 @@ import dataclasses
 import os
 import pathlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -151,6 +151,22 @@ class Engine:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
         self._graphs[key].launch(stream)
+
+    def capture(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Callable[[], None]:
+        """A function that replays the launches for these GPU buffers on `stream`, checked once, here.
+
+        Raises InputError as `infer` does. The buffers must stay.
+        """
+        with self._lock:
+            self.infer(inputs, outputs=outputs, stream=self.stream, graph=True)
+            graph = next(reversed(self._graphs.values()))
+        kept = dict(inputs), dict(outputs)
+        return lambda kept=kept: graph.launch(self.stream)
+
+    @property
+    def stream(self) -> int:
+        """The engine's own CUDA stream."""
+        return self._stream
 
     def _context(self, profile: int, stream: int):
         if profile not in self._contexts:

@@ -53,6 +53,7 @@ class Library:
         self.version: str = self.trt.__version__
         self.is_rtx = name == "tensorrt_rtx"
         self._said: list[str] = []
+        self._timings = b""
         self._lock = threading.RLock()
         self.logger = self._make_logger()
 
@@ -102,6 +103,18 @@ class Library:
         if self.is_rtx:
             config.num_compute_capabilities = 1
             config.set_compute_capability(getattr(self.trt.ComputeCapability, target.replace("sm_", "SM")), 0)
+
+    def use_timings(self, config) -> Callable[[], None]:
+        """Let the build reuse what earlier builds of this process timed; call the answer after it. RTX times nothing."""
+        if self.is_rtx:
+            return lambda: None
+        cache = config.create_timing_cache(self._timings)
+        config.set_timing_cache(cache, False)
+
+        def keep() -> None:
+            self._timings = bytes(memoryview(cache.serialize()))
+
+        return keep
 
     def monitor(self, report: Callable[[str, int, int], None] | None):
         """A progress monitor that calls report(phase, steps done, steps), or None where the library has none.

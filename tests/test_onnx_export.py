@@ -20,11 +20,11 @@ from hstu_lab.onnx_export import (
     OnnxModels,
     _is_complete,
     _publish,
-    _trace,
     content_hash,
     export,
     export_cached,
     history_inputs,
+    trace,
 )
 from hstu_lab.onnx_report import parity
 from hstu_lab.ops.reference import time_thresholds
@@ -274,7 +274,7 @@ def test_a_part_whose_length_the_exporter_fixed_is_refused():
             return super().forward(rows) / float(rows.shape[1])
 
     with pytest.raises(OnnxError, match=r"encoder: the exporter of PyTorch .* fixed the length of rows"):
-        _trace("encoder", Averaging(32, 32), preset("tiny"))
+        trace("encoder", Averaging(32, 32), preset("tiny"))
 
 
 def loop_mask_mean(x, lengths):
