@@ -190,7 +190,7 @@ def convert_folder(
 
     source, target = pathlib.Path(source), pathlib.Path(target)
     _check_precision(precision, histories)
-    protos = {part: onnx.load(source / f"{part}.onnx") for part in INPUTS}
+    protos = {part: load_onnx(source / f"{part}.onnx") for part in INPUTS}
     batches = calibration_batches(model, OnnxModels(source, threads=1), histories) if precision == "int8" else {}
     target.mkdir(parents=True, exist_ok=True)
     for part, proto in protos.items():
@@ -206,6 +206,16 @@ def convert_folder(
         onnx.helper.set_model_props(converted, kept | said)
         _save(converted, target / f"{part}.onnx")
     return target
+
+
+def load_onnx(path: str | pathlib.Path):
+    """One file as an `onnx.ModelProto`. Raises OnnxError where it is missing or damaged."""
+    import onnx
+
+    try:
+        return onnx.load(str(path))
+    except Exception as error:  # protobuf's own, of which there are two implementations
+        raise OnnxError(f"{path}: not a readable ONNX model ({error}); export the checkpoint again") from error
 
 
 def _save(proto, path: pathlib.Path) -> None:

@@ -1,7 +1,8 @@
 """gr-3b's stack, encoder and ranker in the full TensorRT at fixed lengths, against the same operators in PyTorch.
 
     python -m hstu_lab.tensorrt_bench export FOLDER     # the ONNX files; any machine with the exporter
-    python -m hstu_lab.tensorrt_bench torch FOLDER      # expected outputs, and PyTorch's times; a GPU
+    python -m hstu_lab.tensorrt_bench expected FOLDER   # outputs in PyTorch's fp32; a GPU
+    python -m hstu_lab.tensorrt_bench torch FOLDER      # PyTorch's times; a GPU
     python -m hstu_lab.tensorrt_bench engines FOLDER    # engines, their errors and times; a GPU, TensorRT, no PyTorch
     python -m hstu_lab.tensorrt_bench record FOLDER     # both as one record in data/measured
 
@@ -98,7 +99,7 @@ def error(ours: np.ndarray, truth: np.ndarray) -> float:
 
 
 def make_parts(config=None):
-    """{part: module} of gr-3b with the seeded weights; needs PyTorch, and no table but the items'."""
+    """The config, {part: module} and the model of gr-3b with the seeded weights; needs PyTorch, and no table but the items'."""
     import torch
     from torch import nn
 
@@ -128,7 +129,7 @@ def make_parts(config=None):
             if name != "tables.item":
                 parameter.copy_(torch.from_numpy(make_weight(name, tuple(parameter.shape))))
     model.eval().requires_grad_(False)
-    return config, {"encoder": model.encoder, "stack": StackPart(model), "ranker": RankerPart(model)}
+    return config, {"encoder": model.encoder, "stack": StackPart(model), "ranker": RankerPart(model)}, model
 
 
 def export(folder: pathlib.Path, cases=CASES, config=None) -> None:
@@ -138,7 +139,7 @@ def export(folder: pathlib.Path, cases=CASES, config=None) -> None:
 
     from hstu_lab import onnx_export, onnx_precision
 
-    config, parts = make_parts(config)
+    config, parts, _ = make_parts(config)
     for part, length in dict.fromkeys((case.part, case.length) for case in cases):
         start, sizes = time.perf_counter(), {"length": length, "candidates": CANDIDATES}
         with torch.no_grad():
@@ -157,51 +158,62 @@ def export(folder: pathlib.Path, cases=CASES, config=None) -> None:
         print(f"{part} {length}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def torch_side(folder: pathlib.Path, cases=CASES, autotune: bool = False) -> None:
-    """Expected outputs (fp32, no TF32) of every case, then PyTorch's times for the 512-event cases."""
+def expected(folder: pathlib.Path, cases=CASES) -> None:
+    """The outputs of every case in PyTorch's fp32, without TF32."""
+    import torch
+
+    config, parts, model = make_parts()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model.cuda()
+    parts["stack"].cuda()
+    names = {"encoder": ("x",), "stack": ("logits", "hidden"), "ranker": ("probabilities",)}
+    for case in {(c.part, c.length): c for c in cases}.values():
+        for batch in case.batches:
+            with torch.inference_mode():
+                feed = {name: torch.from_numpy(v).cuda() for name, v in make_inputs(case, batch, config, False).items()}
+                answer = parts[case.part](**feed)
+            answer = answer if isinstance(answer, tuple) else (answer,)
+            found = zip(names[case.part], (each.cpu().numpy() for each in answer))
+            np.savez(case.data(folder, batch), **{f"expected {name}": value for name, value in found})
+    print("expected outputs written", flush=True)
+
+
+def torch_side(folder: pathlib.Path, autotune: bool = False) -> None:
+    """PyTorch's times of the 512-event cases in fp16 (norms and pointwise in float32, as exported), replayed from CUDA graphs."""
     import torch
 
     from hstu_lab.measure import measure
+    from hstu_lab.ops import reference
 
-    config, parts = make_parts()
-    torch.backends.cuda.matmul.allow_tf32 = False
+    config, parts, model = make_parts()
+    model.cuda().half()
+    parts["stack"].cuda().half()
     results = Results(folder / ("torch-autotune.jsonl" if autotune else "torch.jsonl"))
-    inputs = lambda case, batch, full: {  # noqa: E731
-        name: torch.from_numpy(value).cuda() for name, value in make_inputs(case, batch, config, full).items()
-    }
-    outputs = {"encoder": ("x",), "stack": ("logits", "hidden"), "ranker": ("probabilities",)}
-    if not autotune:
-        for part in parts.values():
-            part.cuda()
-        for case in {(c.part, c.length, c.batches): c for c in cases}.values():
-            for batch in case.batches:
-                with torch.inference_mode():
-                    answer = parts[case.part](**inputs(case, batch, False))
-                answer = answer if isinstance(answer, tuple) else (answer,)
-                expected = dict(zip(outputs[case.part], (each.cpu().numpy() for each in answer)))
-                np.savez(case.data(folder, batch), **{f"expected {name}": value for name, value in expected.items()})
-        print("expected outputs written", flush=True)
-    for part in parts.values():
-        part.cuda().half()
+    edges = torch.tensor(reference.time_thresholds(config.num_time_buckets)).cuda()
+    # Made inside, as the model does, they would be copied from the host, which a graph cannot hold.
+    reference.time_bucket = lambda seconds, _: torch.bucketize(seconds, edges, right=True)
 
     def timed(name: str, run) -> None:
         with torch.inference_mode(), torch.autocast("cuda", torch.float16):
             result = measure(run, name=name, cuda_graph=True, repeats=30, min_time=0.3)
         results.add(name=name, samples=list(result.samples), calls=result.calls, clock=result.clock)
 
-    for part, batches in (("stack", BATCHES), ("ranker", (1, 4)), ("encoder", BATCHES)):
-        for batch in batches:
-            case = Case(part, "fp16", 512)
-            feed = {k: v.half() if v.is_floating_point() else v for k, v in inputs(case, batch, True).items()}
-            if autotune:
-                fast = torch.compile(parts[part], mode="max-autotune-no-cudagraphs", dynamic=False)
-                results.guarded(f"{part} b{batch} torch.compile max-autotune", timed, lambda fast=fast, feed=feed: fast(**feed))
-                continue
-            results.guarded(f"{part} b{batch} eager", timed, lambda part=part, feed=feed: parts[part](**feed))
-            if part == "stack":
-                results.guarded(f"stack b{batch} Triton ops", timed, _with_triton(parts["stack"], feed, batch))
-            fast = torch.compile(parts[part], dynamic=False)
-            results.guarded(f"{part} b{batch} torch.compile", timed, lambda fast=fast, feed=feed: fast(**feed))
+    work = [("stack", 1), ("stack", 8), ("ranker", 1), ("ranker", 4), ("encoder", 1), ("encoder", 8)]
+    feeds = {}
+    for part, batch in work:
+        given = make_inputs(Case(part, "fp16", 512), batch, config, True)
+        tensors = {name: torch.from_numpy(value).cuda() for name, value in given.items()}
+        feeds[part, batch] = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
+    modes = (
+        {"torch.compile max-autotune": "max-autotune-no-cudagraphs"} if autotune else {"eager": None, "torch.compile": "default"}
+    )
+    if not autotune:
+        for batch in BATCHES:
+            results.guarded(f"stack b{batch} Triton ops", timed, _with_triton(parts["stack"], feeds["stack", batch], batch))
+    for mode, argument in modes.items():
+        for part, batch in work:
+            run = parts[part] if argument is None else torch.compile(parts[part], mode=argument, dynamic=False)
+            results.guarded(f"{part} b{batch} {mode}", timed, lambda run=run, feed=feeds[part, batch]: run(**feed))
 
 
 def _with_triton(part, feed, batch: int):
@@ -336,7 +348,7 @@ def record(folder: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("export", "torch", "engines", "record"))
+    parser.add_argument("step", choices=("export", "expected", "torch", "engines", "record"))
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further engine after so long")
     parser.add_argument("--max-autotune", action="store_true", help="step torch: time only torch.compile's slow mode")
@@ -347,7 +359,7 @@ def main() -> None:
     elif options.step == "torch":
         torch_side(options.folder, autotune=options.max_autotune)
     else:
-        {"export": export, "record": record}[options.step](options.folder)
+        {"export": export, "expected": expected, "record": record}[options.step](options.folder)
 
 
 if __name__ == "__main__":
