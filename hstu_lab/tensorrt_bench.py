@@ -1,6 +1,8 @@
 """gr-3b's stack, encoder and ranker in the full TensorRT at fixed lengths, against the same operators in PyTorch.
 
     python -m hstu_lab.tensorrt_bench export FOLDER     # the ONNX files; any machine with the exporter
+    python -m hstu_lab.tensorrt_bench strip FOLDER TO   # the same files without weights, to carry elsewhere,
+    python -m hstu_lab.tensorrt_bench fill FOLDER TO    # and with them again
     python -m hstu_lab.tensorrt_bench expected FOLDER   # outputs in PyTorch's fp32; a GPU
     python -m hstu_lab.tensorrt_bench torch FOLDER      # PyTorch's times; a GPU
     python -m hstu_lab.tensorrt_bench engines FOLDER    # engines, their errors and times; a GPU, TensorRT, no PyTorch
@@ -19,9 +21,10 @@ import pathlib
 import sys
 import time
 import traceback
-import zlib
 
 import numpy as np
+
+from hstu_lab.bench_weights import fill, make_weight, strip
 
 CANDIDATES = 512
 BATCHES = (1, 8)
@@ -55,20 +58,6 @@ CASES = (
     Case("stack", "fp16", 2048, (1,)),
 )  # fmt: skip
 """The most telling first."""
-
-
-def make_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """float32 weights that depend on the parameter's name and shape only."""
-    values = np.random.default_rng(zlib.crc32(name.encode())).random(shape, dtype=np.float32) * 2 - 1
-    if name.endswith("norm.weight"):
-        return 1 + 0.2 * values
-    if "position_bias" in name or "time_bias" in name:
-        return 0.5 * values
-    if len(shape) == 1:
-        return 0.1 * values
-    if name == "item" or name.endswith(("action.weight", "gap.weight")):
-        return 0.05 * values
-    return values * np.float32((6 / sum(shape)) ** 0.5)
 
 
 def make_inputs(case: Case, batch: int, config, full: bool) -> dict[str, np.ndarray]:
@@ -158,19 +147,27 @@ def export(folder: pathlib.Path, cases=CASES, config=None) -> None:
         print(f"{part} {length}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def expected(folder: pathlib.Path, cases=CASES) -> None:
+def all_weights(config=None) -> dict[str, np.ndarray]:
+    """Every float tensor that an export may hold, by part and name."""
+    _, parts, _ = make_parts(config)
+    states = {part: module.state_dict() for part, module in parts.items()}
+    return {f"{part}/{k}": v.numpy() for part, state in states.items() for k, v in state.items() if v.is_floating_point()}
+
+
+def expected(folder: pathlib.Path, cases=CASES, config=None) -> None:
     """The outputs of every case in PyTorch's fp32, without TF32."""
     import torch
 
-    config, parts, model = make_parts()
+    config, parts, model = make_parts(config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = False
-    model.cuda()
-    parts["stack"].cuda()
+    model.to(device)
+    parts["stack"].to(device)
     names = {"encoder": ("x",), "stack": ("logits", "hidden"), "ranker": ("probabilities",)}
     for case in {(c.part, c.length): c for c in cases}.values():
         for batch in case.batches:
             with torch.inference_mode():
-                feed = {name: torch.from_numpy(v).cuda() for name, v in make_inputs(case, batch, config, False).items()}
+                feed = {name: torch.from_numpy(v).to(device) for name, v in make_inputs(case, batch, config, False).items()}
                 answer = parts[case.part](**feed)
             answer = answer if isinstance(answer, tuple) else (answer,)
             found = zip(names[case.part], (each.cpu().numpy() for each in answer))
@@ -348,13 +345,16 @@ def record(folder: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("export", "expected", "torch", "engines", "record"))
+    parser.add_argument("step", choices=("export", "strip", "fill", "expected", "torch", "engines", "record"))
     parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("to", type=pathlib.Path, nargs="?", help="steps strip and fill: where to write")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further engine after so long")
     parser.add_argument("--max-autotune", action="store_true", help="step torch: time only torch.compile's slow mode")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    if options.step == "engines":
+    if options.step in ("strip", "fill"):
+        {"strip": strip, "fill": fill}[options.step](options.folder, options.to, all_weights())
+    elif options.step == "engines":
         engines(options.folder, seconds=options.seconds)
     elif options.step == "torch":
         torch_side(options.folder, autotune=options.max_autotune)
