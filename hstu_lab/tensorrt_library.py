@@ -63,7 +63,7 @@ class Library:
 
     @property
     def strongly_typed(self) -> bool:
-        return hasattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+        return hasattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED") or not hasattr(self.trt.BuilderFlag, "FP16")
 
     @property
     def builds_without_gpu(self) -> bool:
@@ -85,9 +85,10 @@ class Library:
 
     def network(self, builder):
         """An empty network: strongly typed where the library knows that, else with its batch dimension spelled out."""
-        flags = self.trt.NetworkDefinitionCreationFlag
-        flag = flags.STRONGLY_TYPED if self.strongly_typed else flags.EXPLICIT_BATCH
-        return builder.create_network(1 << int(flag))
+        flag = getattr(
+            self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED" if self.strongly_typed else "EXPLICIT_BATCH", None
+        )
+        return builder.create_network(0 if flag is None else 1 << int(flag))
 
     def configure(self, config, *, precision: str, target: str, workspace: int, tf32: bool, refit: bool) -> None:
         """Set what the build needs. `workspace`: bytes. `target`: "sm_80"; what `tensorrt` builds for is this machine's GPU."""
