@@ -13,6 +13,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 # Threads that spin while they wait make small operators several times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+PRECISIONS = ("fp32", "fp16", "int8")
 DEFAULT_USERS = {"batch": None, "benchmark": 64, "comprehensive": 32}
 
 
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument("--task", choices=("topk", "slate"))
     serving.add_argument("--strategy", choices=("auto", "eager", "onnx", "vllm", "tensorrt", "unified"))
     serving.add_argument("--ops", choices=("reference", "triton", "cutlass"), help="operators of the PyTorch and vLLM stages")
+    serving.add_argument("--precision", choices=PRECISIONS, help="of the ONNX Runtime and TensorRT stages (default: fp32)")
     serving.add_argument("--batch-size", type=_positive, metavar="N")
     serving.add_argument("--reject-file", metavar="FILE", help="where bad rows go (mode batch: beside the events)")
 
@@ -82,9 +84,15 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--reject-file", metavar="FILE")
     train.set_defaults(run=_train)
 
-    export = commands.add_parser("export", parents=[common], help="write a checkpoint's three ONNX models")
+    export = commands.add_parser("export", parents=[common], help="a checkpoint as three ONNX models or TensorRT engines")
+    export.add_argument("--to", choices=("onnx", "tensorrt"), default="onnx")
+    export.add_argument("--precision", choices=PRECISIONS, default="fp32")
     export.add_argument("--checkpoint", metavar="FOLDER", help="default: the shipped one")
-    export.add_argument("--out", metavar="FOLDER", help="default: the cache that strategy onnx reads")
+    export.add_argument("--events", metavar="FILE", help="log that int8 is calibrated with (default: the sample)")
+    export.add_argument("--out", metavar="FOLDER", help="default: the cache that the strategies onnx and tensorrt read")
+    export.add_argument("--target", metavar="SM", help="GPU to build engines for (default: this machine's, else sm_80, an A100)")
+    export.add_argument("--workspace-mb", type=_positive, metavar="N", help="GPU memory an engine may use while it runs")
+    export.add_argument("--batch-size", type=_positive, metavar="N", help="largest batch of the engines")
     export.set_defaults(run=_export)
     return parser
 
@@ -99,7 +107,9 @@ def _positive(text: str) -> int:
 def _settings(options: argparse.Namespace):
     from hstu_lab.settings import configure_logging, load_settings
 
-    names = ("events", "checkpoint", "task", "strategy", "ops", "batch_size", "log_level", "log_file")
+    names = (
+        "events", "checkpoint", "task", "strategy", "ops", "precision", "workspace_mb", "batch_size", "log_level", "log_file"
+    )  # fmt: skip
     settings = load_settings(options.config, **{name: getattr(options, name, None) for name in names})
     configure_logging(settings.log_level, settings.log_file)
     return settings
@@ -251,18 +261,45 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    _settings(options)
+    settings = _settings(options)
     from hstu_lab import onnx_export
     from hstu_lab.model import load_checkpoint
     from hstu_lab.pipeline import SHIPPED_CHECKPOINT
 
     checkpoint = pathlib.Path(options.checkpoint or SHIPPED_CHECKPOINT)
-    if options.out:
-        folder = onnx_export.export(load_checkpoint(checkpoint), pathlib.Path(options.out))
+    precision = options.precision
+    histories = onnx_export.sample_histories(checkpoint, options.events) if precision == "int8" else None
+    shown = not options.json
+    if options.out and options.to == "onnx":
+        model = load_checkpoint(checkpoint)
+        folder = onnx_export.export(model, options.out, precision=precision, histories=histories, progress=shown)
     else:
-        folder = onnx_export.export_cached(checkpoint)
+        folder = onnx_export.export_cached(checkpoint, precision=precision, histories=histories, progress=shown)
+    if options.to == "tensorrt":
+        return _build_engines(folder, settings, options)
     files = sorted(str(path) for path in pathlib.Path(folder).glob("*.onnx"))
     print(json.dumps(files) if options.json else "\n".join(files))
+    return 0
+
+
+def _build_engines(folder, settings, options: argparse.Namespace) -> int:
+    from hstu_lab.onnx_models import load_metadata_config
+    from hstu_lab.tensorrt_build import EngineCache, onnx_metadata
+    from hstu_lab.tensorrt_models import build_engines, default_cache, serving_profiles
+    from hstu_lab.tensorrt_plan import read_header
+
+    config = load_metadata_config(folder, onnx_metadata(pathlib.Path(folder) / "encoder.onnx"))
+    candidates = max(config.num_candidates, settings.num_items, config.slate_size)
+    paths = build_engines(
+        folder, serving_profiles(config, settings.batch_size, candidates), target=options.target,
+        cache=EngineCache(options.out) if options.out else default_cache(), workspace=settings.workspace_mb << 20,
+        progress=not options.json,
+    )  # fmt: skip
+    if options.json:
+        print(json.dumps([str(path) for path in paths.values()]))
+        return 0
+    for path in paths.values():
+        print(f"{path}\n  {read_header(path)}")
     return 0
 
 

@@ -333,6 +333,45 @@ def _recent_mean(answer):
         )
 
 
+# 07_tensorrt_engines
+
+
+@register("quantise-dequantise")
+def _quantise_dequantise(answer):
+    import numpy as np
+
+    def close(values, step, wanted, hint):
+        got = answer(np.array(values, np.float32), step)
+        expect(
+            isinstance(got, np.ndarray) and got.shape == (len(values),), f"the answer is {type(got).__name__}, not one value each"
+        )
+        expect(np.allclose(got, wanted, atol=1e-6), f"{values} at step {step}: got {got.tolist()}, expected {wanted}: {hint}")
+
+    close([0.0, 0.5, -0.5, 1.0], 0.5, [0.0, 0.5, -0.5, 1.0], "whole multiples of the step are exact")
+    close([0.3, -0.3, 0.7], 0.5, [0.5, -0.5, 0.5], "round to the nearest step")
+    close([100.0, -100.0], 0.5, [63.5, -63.5], "int8 ends at 127 steps on both sides: clip")
+    close([0.25, 0.75], 0.5, [0.0, 1.0], "half-way values go to the even step, as QuantizeLinear rounds")
+    values = np.linspace(-3, 3, 1001, dtype=np.float32)
+    kept = values.copy()
+    answer(values, 0.01)
+    expect(np.array_equal(values, kept), "the values you were given were changed: return new ones")
+
+
+@register("tightest-profile")
+def _tightest_profile(answer):
+    single, short = {"batch": (1, 1), "length": (1, 256)}, {"batch": (1, 8), "length": (1, 64)}
+    every = {"batch": (1, 64), "length": (1, 256)}
+    expect(answer([every], {"batch": 3, "length": 9}) == 0, "one profile that holds the sizes: index 0")
+    expect(
+        answer([every, single], {"batch": 1, "length": 200}) == 1, "both hold (1, 200); the one with the smaller largest sizes"
+    )
+    expect(answer([every, single, short], {"batch": 1, "length": 10}) == 1, "1 x 256 is less than 8 x 64 and 64 x 256")
+    expect(answer([every, single, short], {"batch": 8, "length": 64}) == 2, "the largest size is inside")
+    expect(answer([single, short], {"batch": 2, "length": 65}) is None, "no profile holds batch 2 with length 65: return None")
+    from_two = {"batch": (2, 8), "length": (1, 64)}
+    expect(answer([from_two], {"batch": 1, "length": 10}) is None, "the least size counts too: batch 1 is below 2")
+
+
 # 09_vllm_serving
 
 

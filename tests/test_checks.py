@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from hstu_lab import checks
@@ -108,7 +109,22 @@ def users_that_fit(memory_bytes, tokens, layers, heads, head_size, block_size=16
     return max(blocks - 1, 0) // -(-tokens // block_size)
 
 
+def qdq(values, step, levels=127, rounded=np.rint):
+    return np.clip(rounded(values / step), -levels, levels) * step
+
+
+def tightest(profiles, sizes):
+    fitting = [
+        (math.prod(p[d][1] for d in sizes), i)
+        for i, p in enumerate(profiles)
+        if all(p[d][0] <= n <= p[d][1] for d, n in sizes.items())
+    ]
+    return min(fitting)[1] if fitting else None
+
+
 RIGHT = {
+    "quantise-dequantise": qdq,
+    "tightest-profile": tightest,
     "one-stage-faster": amdahl,
     "bucketed-waste": bucketed_waste,
     "users-within-budget": users_within,
@@ -143,6 +159,18 @@ RIGHT = {
         ("users-that-fit", lambda memory, tokens, layers, heads, head_size: memory // (layers * heads * head_size * 8 * tokens)),
         ("users-that-fit", lambda *sizes, value_bytes=4, **more: users_that_fit(*sizes, **more)),
         ("users-that-fit", lambda memory, *sizes, **more: users_that_fit(memory + 8192, *sizes, **more)),
+        ("quantise-dequantise", lambda values, step: np.rint(values / step) * step),
+        ("quantise-dequantise", lambda values, step: qdq(values, step, levels=128)),
+        ("quantise-dequantise", lambda values, step: qdq(values, step, rounded=lambda x: np.floor(x + 0.5))),
+        ("quantise-dequantise", lambda values, step: qdq(values, step, rounded=np.trunc)),
+        ("quantise-dequantise", lambda values, step: np.divide(qdq(values, step), step, out=values)),
+        ("tightest-profile", lambda profiles, sizes: 0),
+        ("tightest-profile", lambda profiles, sizes: tightest(profiles[::-1], sizes)),
+        ("tightest-profile", lambda profiles, sizes: tightest([{d: (0, p[d][1]) for d in p} for p in profiles], sizes)),
+        (
+            "tightest-profile",
+            lambda profiles, sizes: next((i for i, p in enumerate(profiles) if tightest([p], sizes) == 0), None),
+        ),
         ("may-swap", lambda reference, other, scores, error: reference == other),
         ("may-swap", lambda reference, other, scores, error: set(reference) == set(other)),
         ("may-swap", lambda reference, other, scores, error: True),

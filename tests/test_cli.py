@@ -248,6 +248,37 @@ def test_defects_keep_their_traceback(monkeypatch, events, tiny_checkpoint):
         main(["recommend", "--events", str(events), "--checkpoint", str(tiny_checkpoint), "--strategy", "eager"])
 
 
+@pytest.mark.timeout(240)
+def test_export_to_onnx_and_to_engines_for_an_a100(tiny_checkpoint, tmp_path, capsys, monkeypatch, events):
+    monkeypatch.setenv("HSTU_LAB_DATA", str(tmp_path / "data"))
+    common = ["export", "--checkpoint", str(tiny_checkpoint), "--json"]
+    assert main([*common, "--precision", "int8", "--events", str(events), "--out", str(tmp_path / "onnx")]) == 0
+    assert json.loads(capsys.readouterr().out) == [str(tmp_path / "onnx" / f"{p}.onnx") for p in ("encoder", "ranker", "stack")]
+    engines = ["--to", "tensorrt", "--precision", "fp16", "--target", "sm_80", "--batch-size", "4", "--out", str(tmp_path / "e")]
+    assert main([*common, *engines]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert [name.split("/")[-1].rsplit("-", 1)[0] for name in first] == [
+        f"{p}-fp16-sm_80" for p in ("encoder", "stack", "ranker")
+    ]
+    assert main([*common[:-1], *engines]) == 0
+    assert capsys.readouterr().out.count("for sm_80: ") == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--to", "tensorrt", "--target", "sm_13"], "target 'sm_13': TensorRT for RTX"),
+        (["--precision", "int8", "--events", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--checkpoint", "nowhere"], "nowhere/model.safetensors: no such file"),
+    ],
+)
+def test_an_export_that_cannot_be_is_one_line(capsys, flags, said):
+    assert main(["export", *flags]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert len(err.strip().splitlines()) == 1, err
+
+
 def test_as_a_process(events, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "hstu_lab", "recommend", "--events", str(tmp_path / "none.jsonl")],

@@ -20,13 +20,13 @@ from hstu_lab.onnx_export import (
     OnnxModels,
     _is_complete,
     _publish,
-    _trace,
     content_hash,
     export,
     export_cached,
     history_inputs,
-    parity,
+    trace,
 )
+from hstu_lab.onnx_report import parity
 from hstu_lab.ops.reference import time_thresholds
 
 
@@ -240,7 +240,7 @@ def cut(path, keep):
         (lambda p: p.write_bytes(b"\x80\x04garbage" * 50), "not a readable ONNX model"),
         (lambda p: cut(p, p.stat().st_size // 2), "not a readable ONNX model"),
         (lambda p: cut(p, -1), "not a readable ONNX model"),
-        (lambda p: rewrite(p, schema_version="99"), "schema_version is 99, not 1"),
+        (lambda p: rewrite(p, schema_version="99"), "schema_version is 99, not 2"),
         (lambda p: rewrite(p, checkpoint=None), "no 'checkpoint'"),
         (lambda p: rewrite(p, checkpoint="0" * 64), "its checkpoint is not that of encoder.onnx"),
         (lambda p: rewrite(p, config="{}"), "its config is not that of encoder.onnx"),
@@ -274,7 +274,7 @@ def test_a_part_whose_length_the_exporter_fixed_is_refused():
             return super().forward(rows) / float(rows.shape[1])
 
     with pytest.raises(OnnxError, match=r"encoder: the exporter of PyTorch .* fixed the length of rows"):
-        _trace("encoder", Averaging(32, 32), preset("tiny"))
+        trace("encoder", Averaging(32, 32), preset("tiny"))
 
 
 def loop_mask_mean(x, lengths):

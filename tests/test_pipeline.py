@@ -3,13 +3,14 @@
 import asyncio
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from hstu_lab import pipeline, strategies
+from hstu_lab import pipeline, strategies, tensorrt_library
 from hstu_lab.config import preset
 from hstu_lab.event_log import History
 from hstu_lab.events import World
@@ -274,6 +275,58 @@ def test_engines_do_not_start_on_a_checkpoint_that_has_changed(tiny_checkpoint, 
     save_checkpoint(HSTU(recommender.config), folder)
     with pytest.raises(CheckpointError, match="has changed since it was loaded"):
         recommender.recommend(histories[30], strategy="vllm")
+
+
+@pytest.mark.parametrize(
+    ("target", "installed", "said"),
+    [
+        (None, {"tensorrt_rtx"}, "needs an NVIDIA GPU"),
+        ("sm_90", {"tensorrt_rtx"}, r"needs the full TensorRT on this GPU \(sm_90\), pip install tensorrt"),
+        ("sm_90", set(), "tensorrt or tensorrt_rtx is not installed"),
+        ("sm_80", {"tensorrt_rtx"}, None),
+    ],
+)
+def test_what_keeps_engines_from_running_is_said(monkeypatch, target, installed, said):
+    load = tensorrt_library._load
+    monkeypatch.setattr(tensorrt_library, "gpu_target", lambda: target)
+    monkeypatch.setattr(tensorrt_library, "_load", lambda name: load(name) if name in installed else None)
+    why = strategies.missing("tensorrt")
+    if said is None:
+        assert why is None
+    else:
+        assert re.search(said, why)
+        assert "use onnx or unified" in why
+
+
+def test_onnx_runtime_in_tensorrts_place_is_named(recommender, histories):
+    if tensorrt_library.gpu_target() is not None:
+        pytest.skip("there is a GPU here")
+    engines = recommender.recommend(histories[30], strategy="unified").engines
+    assert engines["encoder"] == engines["ranking"]
+    assert re.fullmatch(r"ONNX Runtime [\d.]+ CPU, for TensorRT \(no GPU\)", engines["encoder"])
+    assert "TensorRT" not in recommender.recommend(histories[30], strategy="onnx").engines["encoder"]
+
+
+def test_lower_precision_is_said_and_scores_stay_close():
+    log = World(load_checkpoint(pipeline.SHIPPED_CHECKPOINT).config, seed=0).generate(20, seed=1)
+    histories = [log.history(i) for i in range(20)]
+    with Recommender() as exact, Recommender(settings=Settings(precision="fp16")) as half:
+        truth, ours = (r.recommend_batch(histories, strategy="onnx") for r in (exact, half))
+    assert ours[0].engines["stack"].endswith(" CPU, fp16")
+    kept = [len(set(a.candidates) & set(b.candidates)) / len(a.candidates) for a, b in zip(truth, ours)]
+    assert np.mean(kept) > 0.97
+    scores = [{item.row: item.score for item in answer.items} for answer in (truth[0], ours[0])]
+    for row in scores[0].keys() & scores[1].keys():
+        assert scores[1][row] == pytest.approx(scores[0][row], abs=5e-3)
+
+
+@pytest.mark.gpu
+def test_tensorrt_gives_the_same_list(recommender, histories):
+    if why := strategies.missing("tensorrt"):
+        pytest.skip(why)
+    for task in TASK_NAMES:
+        truth, ours = (recommender.recommend_batch(histories[:40], task=task, strategy=s) for s in ("eager", "tensorrt"))
+        assert [a.candidates for a in ours] == [a.candidates for a in truth]
 
 
 def test_a_closed_engine_says_so(tiny_checkpoint):

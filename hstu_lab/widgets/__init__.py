@@ -4,6 +4,15 @@ Milliseconds everywhere. A stage has the same colour in every figure (Okabe and 
 """
 
 from hstu_lab.widgets.base import EDGE, STAGE_COLOURS, STYLE, Explorer, Figure, format_bytes, source_line, stage_colours
+from hstu_lab.widgets.engines import (
+    EDGE_SETS,
+    build_phases,
+    cliff_explorer,
+    cliff_text,
+    int8_ranges,
+    padded_length,
+    profile_cliff,
+)
 from hstu_lab.widgets.kernels import TILE_COLOURS, rates_by_length, share_bars, tile_explorer, tile_kinds, tile_map
 from hstu_lab.widgets.latency import latency_by_length, latency_explorer, stage_waterfall, strategy_waterfall, time_lengths
 from hstu_lab.widgets.layouts import (

@@ -1,0 +1,233 @@
+"""fp16 and int8: the same ONNX graph with its matrix products and look-up tables in fewer bits, everything else in float32.
+
+Precision is written into the graph (Cast, QuantizeLinear, DequantizeLinear), so that every engine computes the same thing:
+strongly typed TensorRT has no other way, and ONNX Runtime needs none. Norms, SiLU and the residual stream stay in float32:
+an engine fuses them with the casts around them and reads and writes halves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+PRECISIONS = ("fp32", "fp16", "int8")
+LEVELS = 127
+"""Largest int8 value; -128 is not used, so that the scale is symmetric."""
+MOST_NOISE = 0.02
+"""Products whose input int8 would blur by more than this stay fp16: gated sums have few values far out that stretch the step."""
+
+_SAMPLED = 200_000
+
+
+class _Editor:
+    """A copy of a model whose nodes are written again, one by one; tensors keep their names."""
+
+    def __init__(self, model: onnx.ModelProto):
+        self.model = onnx.ModelProto()
+        self.model.CopyFrom(model)
+        self.graph = self.model.graph
+        self.weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in self.graph.initializer}
+        self.nodes: list[onnx.NodeProto] = []
+        self._halves: dict[str, str] = {}
+
+    def add(self, kind: str, inputs: Sequence[str], output: str, **attributes) -> str:
+        self.nodes.append(helper.make_node(kind, list(inputs), [output], **attributes))
+        return output
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        self.weights[name] = value
+        return name
+
+    def half(self, name: str) -> str:
+        """That tensor as float16; converted once."""
+        if name not in self._halves:
+            if name in self.weights:
+                self._halves[name] = self.constant(f"{name}_fp16", self.weights[name].astype(np.float16))
+            else:
+                self._halves[name] = self.add("Cast", [name], f"{name}_fp16", to=TensorProto.FLOAT16)
+        return self._halves[name]
+
+    def in_half(self, node: onnx.NodeProto, operands: Iterable[int]) -> None:
+        """The node on float16 operands, its result cast back to float32 under the old name."""
+        (output,) = node.output
+        for i in operands:
+            node.input[i] = self.half(node.input[i])
+        node.output[0] = f"{output}_fp16"
+        self.nodes.append(node)
+        self.add("Cast", [node.output[0]], output, to=TensorProto.FLOAT)
+
+    def finish(self) -> onnx.ModelProto:
+        del self.graph.node[:]
+        self.graph.node.extend(self.nodes)
+        used = {name for node in self.nodes for name in node.input}
+        del self.graph.initializer[:]
+        self.graph.initializer.extend(numpy_helper.from_array(a, name) for name, a in self.weights.items() if name in used)
+        return self.model
+
+
+def convert(model: onnx.ModelProto, scales: Mapping[str, float] | None = None) -> onnx.ModelProto:
+    """A copy in fp16, or, given steps of products' inputs (`calibrate`, `quiet_steps`), in int8 with explicit Q/DQ.
+
+    int8: products with a weight take int8 on both sides (input: one symmetric scale, weight: one a column); products of two
+    activations (Q K', A V) and the look-up tables are fp16. fp16: all of them are.
+    """
+    edit = _Editor(model)
+    _make_headroom(edit)
+    for node in list(edit.graph.node):
+        if node.op_type == "MatMul" and scales is not None and node.input[0] in scales and _is_weight(edit, node.input[1]):
+            _quantise(edit, node, scales[node.input[0]])
+        elif node.op_type == "MatMul":
+            edit.in_half(node, (0, 1))
+        elif node.op_type in ("Gather", "GatherElements") and edit.weights.get(node.input[0], np.empty(0)).dtype == np.float32:
+            edit.in_half(node, (0,))
+        else:
+            edit.nodes.append(node)
+    return edit.finish()
+
+
+def _is_weight(edit: _Editor, name: str) -> bool:
+    return name in edit.weights and edit.weights[name].ndim == 2
+
+
+def _make_headroom(edit: _Editor) -> None:
+    """Divide by about sqrt(N) before A V and by the rest after it: a sum over N events may exceed float16's 65504.
+
+    The first factor is a power of two, which costs a float no digit.
+    """
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in edit.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    nodes = []
+    for node in edit.graph.node:
+        following = readers.get(node.output[0], [])
+        if node.op_type == "MatMul" and len(following) == 1 and following[0].op_type == "Div":
+            divisor = edit.weights.get(following[0].input[1])
+            if divisor is not None and divisor.size == 1 and divisor.item() > 1:
+                first = 2.0 ** round(math.log2(divisor.item()) / 2)
+                factor = edit.constant(f"{node.output[0]}_headroom", np.float32(1 / first))
+                rest = edit.constant(f"{node.output[0]}_divisor", np.float32(divisor.item() / first))
+                nodes.append(helper.make_node("Mul", [node.input[0], factor], [f"{node.input[0]}_{node.output[0]}"]))
+                node.input[0] = nodes[-1].output[0]
+                following[0].input[1] = rest
+        nodes.append(node)
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del edit.graph.node[:]
+    edit.graph.node.extend(nodes)
+
+
+def _quantise(edit: _Editor, node: onnx.NodeProto, scale: float) -> None:
+    x, weight = node.input
+    zero = edit.constant("zero_int8", np.int8(0))
+    quantised = f"{x}_int8"
+    if quantised not in edit.weights:
+        step = edit.constant(quantised, np.float32(scale))  # the scale is kept under the name of what it makes
+        edit.add("QuantizeLinear", [x, step, zero], f"{x}_q")
+        edit.add("DequantizeLinear", [f"{x}_q", step, zero], f"{x}_dq")
+    values, steps = quantise_columns(edit.weights[weight])
+    names = [edit.constant(f"{weight}_{what}", array) for what, array in (("int8", values), ("steps", steps))]
+    names.append(edit.constant(f"{weight}_zeros", np.zeros(len(steps), np.int8)))
+    edit.add("DequantizeLinear", names, f"{weight}_dq", axis=1)
+    edit.add("MatMul", [f"{x}_dq", f"{weight}_dq"], node.output[0])
+
+
+def quantise_columns(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(K, N) float32 -> int8 values (K, N) and one step a column (N,), so that values * steps is nearest to the weight."""
+    steps = (np.maximum(np.abs(weight).max(axis=0), 1e-12) / LEVELS).astype(np.float32)
+    return np.clip(np.rint(weight / steps), -LEVELS, LEVELS).astype(np.int8), steps
+
+
+def fold_indices(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which masks and indices made of constants alone are constants: fixed shapes leave many of them."""
+    from onnx.reference import ReferenceEvaluator
+
+    edit = _Editor(model)
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    same: dict[tuple, str] = {}
+    renamed: dict[str, str] = {}
+    for node in edit.graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = renamed.get(name, name)
+        known = [edit.weights.get(name) for name in node.input if name]
+        whole = all(value is not None and value.dtype != np.float32 for value in known)
+        if node.op_type in ("Range", "Constant") or not whole or not known:
+            edit.nodes.append(node)
+            continue
+        feeds = dict(zip((name for name in node.input if name), known))
+        for name, value in zip(node.output, ReferenceEvaluator(node, opsets=opsets).run(None, feeds)):
+            value = np.asarray(value)
+            renamed[name] = same.setdefault((value.dtype.str, value.shape, value.tobytes()), name)
+            edit.constant(renamed[name], value)
+    return edit.finish()
+
+
+# ---- calibration
+
+
+def quantisable(model: onnx.ModelProto) -> list[str]:
+    """Inputs of the products that int8 is for, in the graph's order."""
+    weights = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    return list(dict.fromkeys(n.input[0] for n in model.graph.node if n.op_type == "MatMul" and n.input[1] in weights))
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """How one tensor fits int8: the best step, and the noise that rounding and clipping add (rms, relative to the tensor's)."""
+
+    step: float
+    noise: float
+
+
+def watch(model: onnx.ModelProto, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Magnitudes (n,) of all that passes through each of `quantisable`'s tensors when the fp32 model runs on `batches`.
+
+    Give batches without padding: it would count as well. Raises ValueError where there are none.
+    """
+    import onnxruntime
+
+    names = quantisable(model)
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    watched.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(watched.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    seen: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for batch in batches:
+        for name, values in zip(names, session.run(names, dict(batch))):
+            seen[name].append(np.abs(values).ravel())
+    if names and not seen[names[0]]:
+        raise ValueError("no histories to calibrate with: give at least one")
+    return {name: np.concatenate(values) for name, values in seen.items()}
+
+
+def calibrate(model: onnx.ModelProto, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, Range]:
+    """The int8 range of each of `quantisable`'s tensors, from batches as `watch` wants them."""
+    return {name: best_range(values) for name, values in watch(model, batches).items()}
+
+
+def quiet_steps(ranges: Mapping[str, Range], most: float = MOST_NOISE) -> dict[str, float]:
+    """Steps of the tensors that int8 blurs by no more than `most`; the others' products stay fp16."""
+    return {name: found.step for name, found in ranges.items() if found.noise <= most}
+
+
+def best_range(magnitudes: np.ndarray) -> Range:
+    """The symmetric int8 step with the least mean squared error for values of these magnitudes (n,).
+
+    The error of a step s is s²/12 inside the range and the overshoot beyond 127 s; the largest magnitude, and each of 60
+    shorter ranges down to a tenth of it, are tried.
+    """
+    largest = float(magnitudes.max(initial=0.0))
+    if largest == 0:
+        return Range(1.0 / LEVELS, 0.0)
+    stride = max(len(magnitudes) // _SAMPLED, 1)
+    sample = np.append(magnitudes[::stride], largest).astype(np.float64)
+    ends = largest * np.linspace(0.1, 1.0, 61)
+    errors = [np.square(np.maximum(sample - end, 0)).sum() + (sample <= end).sum() * (end / LEVELS) ** 2 / 12 for end in ends]
+    best = int(np.argmin(errors))
+    return Range(float(ends[best] / LEVELS), float(np.sqrt(errors[best] / np.square(sample).sum())))

@@ -1,0 +1,113 @@
+"""The benchmark's files at a tiny size: fixed lengths, right answers, operators that an old parser takes, weights that return."""
+
+import dataclasses
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from hstu_lab import tensorrt_bench as bench
+from hstu_lab.bench_weights import fill, make_weight, strip
+from hstu_lab.config import preset
+from hstu_lab.tensorrt_build import Request, build
+
+CONFIG = preset("tiny").replace(num_layers=1, max_seq_len=600)
+CASES = (
+    bench.Case("encoder", "fp16", 16),
+    bench.Case("stack", "fp16", 16),
+    bench.Case("stack", "int8", 16),
+    bench.Case("ranker", "fp16", 16, (1, 2)),
+)
+REFUSED = {"Range", "Split", "GatherND", "NonZero", "ScatterND"}
+"""Operators that TensorRT 8.6 could not parse in such graphs."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    bench.export(folder, CASES, CONFIG)
+    bench.expected(folder, CASES, CONFIG)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_files_give_the_expected_outputs(folder, case):
+    session = onnxruntime.InferenceSession(str(folder / f"{case.name}.onnx"), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    for batch in case.batches:
+        answer = dict(zip(names, session.run(names, bench.make_inputs(case, batch, CONFIG, False))))
+        with np.load(case.data(folder, batch)) as stored:
+            errors = {name: bench.error(answer[name], stored[f"expected {name}"]) for name in names}
+            assert max(errors.values()) < {"fp16": 5e-3, "int8": 5e-2}[case.precision], errors
+            if case.part == "stack":
+                assert bench._overlap(answer, stored) > 0.9
+            wrong = {name: value[::-1] if batch > 1 else -value for name, value in answer.items()}
+            assert bench.error(wrong[names[-1]], stored[f"expected {names[-1]}"]) > 0.1
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_only_the_batch_is_free_and_an_old_parser_could_take_it(folder, case):
+    proto = onnx.load(folder / f"{case.name}.onnx")
+    assert not {node.op_type for node in proto.graph.node} & REFUSED
+    for value in proto.graph.input:
+        free = [dim.dim_param for dim in value.type.tensor_type.shape.dim if dim.dim_param]
+        assert free == ["batch"]
+    request = Request.of(folder / f"{case.name}.onnx", case.profiles, precision=case.precision, target="sm_80")
+    header, _ = build(request, progress=False)
+    assert [profile["batch"][1] for profile in header.profiles] == list(case.batches)
+
+
+def test_weights_come_back_as_they_went(folder, tmp_path):
+    weights = bench.all_weights(CONFIG)
+    strip(folder, tmp_path / "light", weights)
+    fill(tmp_path / "light", tmp_path / "full", weights)
+    for case in CASES:
+        name = f"{case.name}.onnx"
+        assert (tmp_path / "full" / name).read_bytes() == (folder / name).read_bytes()
+        assert json.loads((tmp_path / "light" / name).with_suffix(".json").read_text())
+        assert (tmp_path / "light" / name).stat().st_size < (folder / name).stat().st_size
+    with pytest.raises(ValueError, match="strip again"):
+        fill(tmp_path / "light", tmp_path / "other", {name: value[:1] for name, value in weights.items()})
+
+
+def test_weights_depend_on_their_names_only():
+    assert (make_weight("a", (3, 4)) == make_weight("a", (3, 4))).all()
+    assert (make_weight("a", (3, 4)) != make_weight("b", (3, 4))).any()
+    assert make_weight("x.norm.weight", (99,)).min() > 0.7
+
+
+def test_an_error_is_relative_and_infinities_must_agree():
+    truth = np.array([1.0, -4.0, -np.inf])
+    assert bench.error(np.array([1.2, -4.0, -np.inf]), truth) == pytest.approx(0.05)
+    assert bench.error(np.array([1.0, -4.0, 0.0]), truth) == np.inf
+    assert bench.error(np.array([1.0, np.nan, -np.inf]), truth) == np.inf
+
+
+def test_a_failing_case_is_a_result_and_the_next_one_runs(tmp_path):
+    results = bench.Results(tmp_path / "r.jsonl")
+    results.guarded("bad", lambda name: 1 / 0)
+    results.guarded("good", lambda name: results.add(name=name, samples=[1.0]))
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert lines[0] == {"name": "bad", "error": "ZeroDivisionError: division by zero"}
+    assert lines[1]["name"] == "good"
+
+
+def test_both_sides_become_one_record(tmp_path, monkeypatch):
+    monkeypatch.setenv("HSTU_LAB_DATA", str(tmp_path / "data"))
+    timing = {"samples": [0.001, 0.002], "calls": 5, "clock": "cuda graph"}
+    bench.Results(tmp_path / "tensorrt.jsonl").add(name="library", version="8.6.1", gpu="G")
+    with open(tmp_path / "tensorrt.jsonl", "a") as file:
+        file.write(json.dumps({"name": "stack-fp16-512 b1", "errors": {"hidden": 1e-3}, **timing}) + "\n")
+    bench.Results(tmp_path / "torch.jsonl").add(name="stack b1 torch.compile", **timing)
+    bench.record(tmp_path)
+    (path,) = (tmp_path / "data").glob("measured/*/tensorrt_engines.json")
+    record = json.loads(path.read_text())
+    assert record["versions"]["tensorrt"] == "8.6.1"
+    assert {m["name"] for m in record["measurements"]} == {"stack-fp16-512 b1", "stack b1 torch.compile"}
+    assert record["data"]["stack-fp16-512 b1"]["errors"] == {"hidden": 1e-3}
+
+
+def test_each_batch_size_has_a_profile_of_its_own():
+    assert dataclasses.replace(CASES[0], batches=(1, 8)).profiles == ({"batch": (1, 1, 1)}, {"batch": (8, 8, 8)})
