@@ -375,9 +375,7 @@ class HotCache:
         resident = len(self.resident())
         misses, inserted = self.state.totals.tolist()
         moved = misses * self.table[0].nbytes
-        return CacheStats(
-            self._lookups, self._prefetched, misses, inserted, resident, self.capacity, moved, self.gpu_bytes
-        )
+        return CacheStats(self._lookups, self._prefetched, misses, inserted, resident, self.capacity, moved, self.gpu_bytes)
 
     def _settle(self) -> None:
         if self._side is not None:

@@ -88,9 +88,7 @@ def fetch_kernel(
             tl.store(Out + at[:, None] * width + column[None, :], x.to(Out.dtype.element_ty), mask=inside)
 
 
-def fetch(
-    ids: Tensor, state, out: Tensor | None, miss_at: Tensor, miss_rank: Tensor, counts: Tensor, programs: int = 64
-) -> None:
+def fetch(ids: Tensor, state, out: Tensor | None, miss_at: Tensor, miss_rank: Tensor, counts: Tensor, programs: int = 64) -> None:
     """See `hot_cache.fetch`. `programs` bounds how much of the GPU waits for the bus."""
     width = state.slots.shape[1]
     if ids.shape[0] == 0:
