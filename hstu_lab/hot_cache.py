@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,8 +24,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-SEGMENT = 16
-"""Victims are the worst of this many candidates each, taken in turn around the slots: a sampled order costs no sort of them all."""
+SAMPLE = 16
+"""A slot is freed by evicting the least valued of this many rows, taken in turn around the slots: no order of all is kept."""
+POLICIES = ("lru", "lfu", "priority")
 NEVER = torch.iinfo(torch.int64).max
 
 
@@ -39,8 +40,8 @@ class CacheState:
 
     slot_of (N,) int32: a row's slot, or -1. id_of (S,) int64: a slot's row, -1 empty, -2 spare. last_used (S,) int64: the
     number of the last lookup that hit it. uses (S,) int32: hits since inserted. claimed (N,) int64: the last lookup that missed
-    the row. spare (K,) int32: slots that the next misses go to, -1 where none could be freed. totals (2,) int64: rows missed,
-    rows inserted.
+    the row. priority (N,) float32 or None: what a predictor expects of a row. spare (K,) int32: slots that the next misses go
+    to, -1 where none could be freed. totals (3,) int64: rows missed, rows inserted, slots ever used.
     """
 
     table: Tensor
@@ -52,6 +53,7 @@ class CacheState:
     last_used: Tensor
     uses: Tensor
     claimed: Tensor
+    priority: Tensor | None
     spare: Tensor
     totals: Tensor
 
@@ -94,9 +96,13 @@ def fetch(ids, state: CacheState, out, miss_at, miss_rank, counts) -> None:
         state.slot_scales[slot[kept]] = state.table_scales[index[kept]]
 
 
-def publish(state: CacheState, want, counts, victims, valid, clock: int) -> None:
-    """Map the fetched rows to their slots, then unmap `victims` (K,), which become the spares; those not `valid` stay."""
-    spares = len(state.spare)
+def publish(state: CacheState, want, counts, by: int, clock: int, hand: int, in_use: int) -> None:
+    """Map the fetched rows to their slots; unmap a victim for each slot used, which is a spare from now on; zero `counts`.
+
+    Slots never used come first. Then the r-th victim is the least, by POLICIES[by], of the SAMPLE rows in the slots from
+    hand + r * SAMPLE on; rows asked for by lookup number `in_use` or later stay.
+    """
+    spares, slots = len(state.spare), len(state.id_of)
     spare = state.spare.long()
     used = (spare >= 0) & (torch.arange(spares, device=spare.device) < counts[1])
     index = want[:spares]
@@ -106,44 +112,33 @@ def publish(state: CacheState, want, counts, victims, valid, clock: int) -> None
     state.last_used[spare[used]] = clock
     state.uses[spare[used]] = 1
     empty = (used | (spare < 0)).nonzero().squeeze(1)
-    victim, fine = victims[: len(empty)], valid[: len(empty)].bool()
-    state.spare[empty] = torch.where(fine, victim, -1).int()
-    gone = victim[fine]
+    filled = int(state.totals[2])
+    fresh = torch.arange(filled, min(filled + len(empty), slots), device=spare.device)
+    place = torch.arange(len(empty), device=spare.device)[len(fresh) :, None] * SAMPLE + torch.arange(SAMPLE, device=spare.device)
+    candidate = (hand + place) % slots
+    owner = state.id_of[candidate]
+    free = (place < slots) & (owner >= 0) & (state.last_used[candidate] < in_use)
+    if by == 0:
+        value = (state.last_used[candidate] - clock).float()
+    elif by == 1:
+        value = state.uses[candidate].float()
+    else:
+        value = state.priority[owner.clamp(min=0)]
+    least, at = torch.where(free, value, torch.inf).min(dim=1)
+    sampled = torch.where(least < torch.inf, candidate.gather(1, at[:, None]).squeeze(1), -1)
+    victim = torch.cat([fresh, sampled])
+    state.spare[empty] = victim.int()
+    gone = victim[victim >= 0]
     old = state.id_of[gone]
-    mapped = old >= 0
-    mapped &= state.slot_of[old.clamp(min=0)].long() == gone
-    state.slot_of[old[mapped]] = -1
+    state.slot_of[old[old >= 0]] = -1
     state.id_of[gone] = -2
-    state.totals += torch.stack([counts[0].long(), used.sum()])
+    state.totals += torch.stack([counts[0].long(), used.sum(), torch.tensor(len(fresh), device=counts.device)])
+    counts.zero_()
 
 
 def _decoded(rows: Tensor, scales: Tensor | None, index: Tensor, dtype: torch.dtype) -> Tensor:
     taken = rows[index]
     return taken.to(dtype) if scales is None else (taken.float() * scales[index, None]).to(dtype)
-
-
-def least_recent(state: CacheState, slots: Tensor) -> Tensor:
-    """LRU: the number of the last lookup that hit the slot."""
-    return state.last_used[slots].double()
-
-
-def least_frequent(state: CacheState, slots: Tensor) -> Tensor:
-    """LFU: hits since inserted; ties go to the least recent."""
-    return state.uses[slots].double() + state.last_used[slots].double() * 2.0**-40
-
-
-@dataclasses.dataclass(frozen=True)
-class Predicted:
-    """Evict the rows that `priority` (N,) float32 expects least use of; ties go to the least recent. See `cache_prediction`."""
-
-    priority: Tensor
-
-    def __call__(self, state: CacheState, slots: Tensor) -> Tensor:
-        return self.priority[state.id_of[slots].clamp(min=0)].double() + state.last_used[slots].double() * 2.0**-60
-
-
-Policy = Callable[[CacheState, Tensor], Tensor]
-"""(state, slots (M,)) -> value (M,) float64 of the row in each slot; the lowest are evicted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,19 +176,31 @@ class CacheStats:
         return 1 - self.misses / asked if asked else float("nan")
 
 
+class _Work:
+    """Lists of one step's misses, and when it has looked up, fetched and published."""
+
+    def __init__(self, size: int, device: torch.device):
+        self.lists = torch.empty(2, size, dtype=torch.int32, device=device)
+        self.want = torch.empty(size, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(2, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            self.looked, self.arrived, self.published = (torch.cuda.Event() for _ in range(3))
+            torch.cuda.current_stream(device).synchronize()
+
+
 class HotCache:
     """Rows of `table` (N, D) that the device asks for most, in at most `capacity` slots of device memory.
 
     table: float32, float16, bfloat16, or int8 with `scales` (N,) float32, in host memory; on a GPU a copy of it is pinned unless
     it is already. `cache.table` is the table from then on. A capacity above N is cut to N. spares: slots kept free for the next misses, out of `capacity` (default
     1/64 of it, 64 to 4,096); more distinct misses than that in one lookup are answered but not kept. dtype: of the rows given
-    (default: the table's, float16 for int8). policy: which rows go, `least_recent`, `least_frequent` or `Predicted(priority)`;
-    may be set at any time. Raises CacheError naming what is wrong.
+    (default: the table's, float16 for int8). policy: "lru", "lfu" (hits since inserted) or, once `prioritise` has been called,
+    "priority"; may be set at any time. Raises CacheError naming what is wrong.
     """
 
     def __init__(
         self, table: Tensor, capacity: int, device: torch.device | str = "cpu", *, scales: Tensor | None = None,
-        policy: Policy = least_recent, spares: int | None = None, dtype: torch.dtype | None = None,
+        policy: str = "lru", spares: int | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         self.device = torch.device(device)
         if table.dim() != 2 or 0 in table.shape or table.device.type != "cpu":
@@ -208,7 +215,7 @@ class HotCache:
         spares = min(max(64, self.capacity // 64), 4096) if spares is None else spares
         spares = max(1, min(spares, (self.capacity + 1) // 2))
         self.table = _pinned(table.detach().contiguous(), self.device)
-        self.policy, self.dtype = policy, dtype or (torch.float16 if table.dtype == torch.int8 else table.dtype)
+        self.dtype = dtype or (torch.float16 if table.dtype == torch.int8 else table.dtype)
 
         def full(size, value, kind):
             return torch.full(size, value, dtype=kind, device=self.device)
@@ -224,26 +231,55 @@ class HotCache:
             last_used=full((slots,), 0, torch.int64),
             uses=full((slots,), 0, torch.int32),
             claimed=full((rows,), 0, torch.int64),
+            priority=None,
             spare=torch.arange(spares, dtype=torch.int32, device=self.device),
-            totals=full((2,), 0, torch.int64),
+            totals=full((3,), 0, torch.int64),
         )
         self.state.id_of[:spares] = -2
-        self._clock, self._hand, self._lookups, self._prefetched, self._updated = 0, 0, 0, 0, 0
-        self._pinned_from = NEVER
-        # Read without waiting for the device: too old a count only lengthens the search for empty slots.
-        self._seen = torch.zeros(2, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        self.state.totals[2] = spares
+        self.policy = policy
+        self._clock, self._hand, self._lookups, self._prefetched = 0, 0, 0, 0
+        self._in_use = NEVER
         self._lock = threading.Lock()
-        self._readers: dict[torch.cuda.Stream, torch.cuda.Event] = {}
-        self._steps: list[torch.cuda.Event] = []
+        self._work: list[_Work] = []
         self._must_see: torch.cuda.Event | None = None
+        self._readers: dict[torch.cuda.Stream, torch.cuda.Event] = {}
+        self._side = None
         if self.device.type == "cuda":
             from hstu_lab.ops import triton_cache as kernels
 
+            self._kernels = kernels
             self._side = torch.cuda.Stream(self.device)
             self._side.wait_stream(torch.cuda.current_stream(self.device))
-            self._kernels = kernels
-        else:
-            self._side, self._kernels = None, None
+
+    @property
+    def policy(self) -> str:
+        """Which rows go first: one of POLICIES."""
+        return POLICIES[self._by]
+
+    @policy.setter
+    def policy(self, name: str) -> None:
+        if name not in POLICIES or (name == "priority" and self.state.priority is None):
+            raise CacheError(f"policy {name!r}: use one of {', '.join(POLICIES)}; 'priority' after prioritise(...)")
+        self._by = POLICIES.index(name)
+
+    def prioritise(self, priority: Tensor) -> None:
+        """Evict the rows of least priority (N,) float32 first, from now on: what a predictor expects of each row."""
+        if priority.shape != self.table.shape[:1]:
+            raise CacheError(f"priorities of shape {tuple(priority.shape)}: give one for each of {len(self.table)} rows")
+        with self._lock:
+            if self.state.priority is None:
+                self._settle()
+                self.state.priority = torch.empty(len(self.table), dtype=torch.float32, device=self.device)
+            if self._side is None:
+                self.state.priority.copy_(priority)
+            else:
+                self._side.wait_stream(torch.cuda.current_stream(self.device))
+                with torch.cuda.stream(self._side):
+                    self.state.priority.copy_(priority, non_blocking=True)
+                if priority.is_cuda:
+                    priority.record_stream(self._side)
+            self._by = POLICIES.index("priority")
 
     # ---- reading
 
@@ -265,63 +301,58 @@ class HotCache:
         """
         with self._lock:
             self._prefetched += len(ids)
-            self._pinned_from = min(self._pinned_from, self._clock + 1)
+            self._in_use = min(self._in_use, self._clock + 1)
             self._step(ids, None)
 
     def release(self) -> None:
         """Rows of earlier prefetches may be evicted again: their lookup has been issued."""
         with self._lock:
-            self._pinned_from = NEVER
+            self._in_use = NEVER
 
     def _step(self, ids: Tensor, out: Tensor | None) -> torch.cuda.Event | None:
         if ids.dim() != 1 or ids.dtype != torch.int64 or ids.device.type != self.device.type:
             raise CacheError(f"ids of shape {tuple(ids.shape)}, {ids.dtype}, on {ids.device}: give (T,) int64 on {self.device}")
         self._clock += 1
-        count, spares = len(ids), len(self.state.spare)
-        lists = torch.empty(2, max(count, 1), dtype=torch.int32, device=self.device)
-        want = torch.empty(max(count, spares), dtype=torch.int64, device=self.device)
-        counts = torch.zeros(2, dtype=torch.int32, device=self.device)
-        if self._kernels is None:
-            if count and not 0 <= int(ids.min()) <= int(ids.max()) < len(self.table):
+        clock, work = self._clock, self._workspace(len(ids))
+        lists, want, counts = work.lists, work.want, work.counts
+        self._hand = (self._hand + SAMPLE * len(self.state.spare)) % len(self.state.id_of)
+        choice = self._by, clock, self._hand, min(self._in_use, clock)
+        if self._side is None:
+            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self.table):
                 raise CacheError(f"ids from {int(ids.min())} to {int(ids.max())}: the table has rows 0 to {len(self.table) - 1}")
-            lookup(ids, self.state, out, *lists, want, counts, self._clock)
+            lookup(ids, self.state, out, *lists, want, counts, clock)
             fetch(ids, self.state, out, *lists, counts)
-            publish(self.state, want, counts, *self._victims(), self._clock)
-            self._seen.copy_(self.state.totals)
+            publish(self.state, want, counts, *choice)
             return None
         reader, side = torch.cuda.current_stream(self.device), self._side
-        for event in (self._steps[0] if len(self._steps) > 1 else None, self._must_see):
-            if event is not None:
-                reader.wait_event(event)
-        self._kernels.lookup(ids, self.state, out, *lists, want, counts, self._clock)
-        self._readers[reader] = reader.record_event()
+        # The step before the last: its victims may be overwritten from now on, so their old places must not be seen any more.
+        reader.wait_event(self._work[(clock - 2) % len(self._work)].published)
+        if self._must_see is not None:
+            reader.wait_event(self._must_see)
+        self._kernels.lookup(ids, self.state, out, *lists, want, counts, clock)
+        work.looked.record(reader)
+        self._readers[reader] = work.looked
         for event in self._readers.values():
             side.wait_event(event)
-        self._readers = {reader: self._readers[reader]}
+        self._readers = {reader: work.looked}
+        ids.record_stream(side)
+        if out is not None:
+            out.record_stream(side)
         with torch.cuda.stream(side):
-            for tensor in (ids, lists, want, counts, *(() if out is None else (out,))):
-                tensor.record_stream(side)
             self._kernels.fetch(ids, self.state, out, *lists, counts)
-            arrived = side.record_event()
-            self._kernels.publish(self.state, want, counts, *self._victims(), self._clock)
-            self._seen.copy_(self.state.totals, non_blocking=True)
-            self._steps = [*self._steps[-1:], side.record_event()]
-        return arrived
+            work.arrived.record(side)
+            self._kernels.publish(self.state, want, counts, *choice)
+            work.published.record(side)
+        return work.arrived
 
-    def _victims(self) -> tuple[Tensor, Tensor]:
-        """Slots of the least valued rows among the next segment, lowest first, and which of them may go; empty ones first."""
-        state, spares = self.state, len(self.state.spare)
-        slots = len(state.id_of)
-        full = int(self._seen[1]) >= slots - spares
-        length = min(slots, SEGMENT * spares) if full else slots
-        segment = (torch.arange(length, device=self.device) + self._hand) % slots
-        self._hand = (self._hand + length) % slots
-        id_of, last_used = state.id_of[segment], state.last_used[segment]
-        value = torch.where(id_of == -1, -torch.inf, self.policy(state, segment))
-        in_use = (id_of == -2) | (last_used >= min(self._pinned_from, self._clock))
-        value = torch.where(in_use & (id_of != -1), torch.inf, value)
-        least, at = value.topk(spares, largest=False)
-        return segment[at], (least != torch.inf).to(torch.int8)
+    def _workspace(self, count: int) -> _Work:
+        """Lists for the misses of this step, in turn: a step waits for the one before the last, so its own were free before."""
+        size = max(count, len(self.state.spare), 1)
+        if not self._work or size > len(self._work[0].want):
+            self._settle()
+            self._work = [_Work(size, self.device) for _ in range(4)]
+            self._readers.clear()
+        return self._work[self._clock % len(self._work)]
 
     # ---- writing
 
@@ -340,9 +371,7 @@ class HotCache:
         if len(host) and not 0 <= int(host.min()) <= int(host.max()) < len(self.table):
             raise CacheError(f"ids from {int(host.min())} to {int(host.max())}: the table has rows 0 to {len(self.table) - 1}")
         with self._lock:
-            for event in (*self._readers.values(), *self._steps, self._must_see):
-                if event is not None:
-                    event.synchronize()
+            self._settle()
             self.table[host] = rows.cpu().clone()  # the rows given may be rows of this table
             if scales is not None:
                 self.state.table_scales[host] = scales.cpu().clone()
@@ -373,15 +402,15 @@ class HotCache:
     def stats(self) -> CacheStats:
         """Counters; waits for what is under way."""
         resident = len(self.resident())
-        misses, inserted = self.state.totals.tolist()
+        misses, inserted, _ = self.state.totals.tolist()
         moved = misses * self.table[0].nbytes
         return CacheStats(self._lookups, self._prefetched, misses, inserted, resident, self.capacity, moved, self.gpu_bytes)
 
     def _settle(self) -> None:
         if self._side is not None:
-            self._side.synchronize()
-            for event in self._readers.values():
-                event.synchronize()
+            self._side.synchronize()  # waits for every lookup, which the side stream has waited for
+            if self._must_see is not None:
+                self._must_see.synchronize()
 
 
 def _pinned(tensor: Tensor, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from hstu_lab.hot_cache import CachedRows, CacheError, HotCache, Predicted, least_frequent, least_recent, quantize_rows
+from hstu_lab.hot_cache import CachedRows, CacheError, HotCache, quantize_rows
 
 ROWS, WIDTH = 97, 24
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -69,9 +69,12 @@ class AgainstADictionary(RuleBasedStateMachine):
             self.cache.update(torch.tensor(ids, dtype=torch.int64), rows)
         self.truth.update(zip(ids, rows))
 
-    @rule(policy=st.sampled_from([least_recent, least_frequent, None]))
-    def change_policy(self, policy):
-        self.cache.policy = policy or Predicted(torch.rand(ROWS, generator=torch.Generator().manual_seed(1)).to(self.device))
+    @rule(policy=st.sampled_from(["lru", "lfu", "priority"]), seed=st.integers(0, 99))
+    def change_policy(self, policy, seed):
+        if policy == "priority":
+            self.cache.prioritise(torch.rand(ROWS, generator=torch.Generator().manual_seed(seed)).to(self.device))
+        else:
+            self.cache.policy = policy
 
     @invariant()
     def never_over_capacity(self):
@@ -169,18 +172,20 @@ def test_rows_under_way_are_not_evicted(device):
 
 @DEVICES
 def test_policies_keep_what_they_value(device):
-    def survivors(policy):
-        cache = HotCache(numbered(0, range(ROWS)), 20, device, spares=2, policy=policy)
+    def survivors(policy=None, priority=None):
+        cache = HotCache(numbered(0, range(ROWS)), 20, device, spares=2, policy=policy or "lru")
+        if priority is not None:
+            cache.prioritise(priority)
         for _ in range(9):
             cache.rows(torch.tensor([7], device=device))
         for start in range(10, 90, 2):
             cache.rows(torch.tensor([start, start + 1], device=device))
         return set(cache.resident().tolist())
 
-    assert 7 not in survivors(least_recent)
-    assert 7 in survivors(least_frequent)
+    assert 7 not in survivors("lru")
+    assert 7 in survivors("lfu")
     likely = torch.arange(ROWS, dtype=torch.float32).flip(0).to(device)
-    assert {7, 10, 11, 12} <= survivors(Predicted(likely))
+    assert len({7, *range(10, 20)} & survivors(priority=likely)) > 8  # each victim is the least of 16 of the 20
 
 
 @DEVICES
@@ -216,8 +221,12 @@ def test_what_it_refuses():
         cache.lookup(torch.tensor([1], dtype=torch.int32))
     with pytest.raises(CacheError, match="given twice"):
         cache.update(torch.tensor([1, 1]), table[:2])
-    with pytest.raises(CacheError, match="one row of torch.float32 an id"):
+    with pytest.raises(CacheError, match=r"one row of torch\.float32 an id"):
         cache.update(torch.tensor([1]), table[:2])
+    with pytest.raises(CacheError, match="'priority' after prioritise"):
+        cache.policy = "priority"
+    with pytest.raises(CacheError, match="one for each of 97 rows"):
+        cache.prioritise(torch.zeros(3))
     with pytest.raises(CacheError, match="no table 'films'"):
         CachedRows({"item": table}, {"films": 3})
     assert np.isnan(HotCache(table, 10).stats().hit_ratio)

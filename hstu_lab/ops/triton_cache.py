@@ -102,11 +102,12 @@ def fetch(ids: Tensor, state, out: Tensor | None, miss_at: Tensor, miss_rank: Te
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["clock"])
+@triton.jit(do_not_specialize=["clock", "hand", "in_use"])
 def publish_kernel(
-    SlotOf, IdOf, LastUsed, Uses, Want, Counts, Spare, Victims, VictimValid, Totals, spares, clock, SPARES: tl.constexpr
-):
-    """One program: map the fetched rows, then unmap the victims, whose slots are the spares of the next call."""
+    SlotOf, IdOf, LastUsed, Uses, Priority, Want, Counts, Spare, Totals, spares, slots, clock, hand, in_use,
+    SPARES: tl.constexpr, SAMPLE: tl.constexpr, BY: tl.constexpr,
+):  # fmt: skip
+    """One program: map the fetched rows, then unmap one victim for each spare slot used: the least of SAMPLE slots' rows."""
     r = tl.arange(0, SPARES)
     given = r < spares
     wanted = tl.load(Counts + 1)
@@ -118,26 +119,50 @@ def publish_kernel(
     tl.store(IdOf + spare, index, mask=used)
     tl.store(LastUsed + spare, clock, mask=used)
     tl.store(Uses + spare, 1, mask=used)
+    tl.debug_barrier()  # what follows reads the maps that other threads have just written
     empty = given & (used | (spare < 0))
     rank = tl.associative_scan(empty.to(tl.int32), 0, add) - 1
-    victim = tl.load(Victims + rank, mask=empty, other=-1)
-    valid = empty & (tl.load(VictimValid + rank, mask=empty, other=0) != 0)
+    filled = tl.load(Totals + 2).to(tl.int32)
+    victim = tl.where(rank < slots - filled, filled + rank, -1)
+    sampling = empty & (victim < 0)
+    least = tl.full((SPARES,), float("inf"), tl.float32)
+    for s in range(SAMPLE):
+        candidate = ((hand + (rank * SAMPLE + s).to(tl.int64)) % slots).to(tl.int32)
+        candidate = tl.where(sampling & (rank * SAMPLE + s < slots), candidate, 0)
+        owner = tl.load(IdOf + candidate, mask=sampling, other=-2)
+        last = tl.load(LastUsed + candidate, mask=sampling, other=0)
+        free = sampling & (rank * SAMPLE + s < slots) & (owner >= 0) & (last < in_use)
+        if BY == 0:
+            value = (last - clock).to(tl.float32)
+        elif BY == 1:
+            value = tl.load(Uses + candidate, mask=free, other=0).to(tl.float32)
+        else:
+            value = tl.load(Priority + owner, mask=free, other=0.0)
+        better = free & (value < least)
+        least = tl.where(better, value, least)
+        victim = tl.where(better, candidate, victim)
+    valid = empty & (victim >= 0)
     old = tl.load(IdOf + victim, mask=valid, other=-1)
     mapped = valid & (old >= 0)
     mapped = mapped & (tl.load(SlotOf + old, mask=mapped, other=-1) == victim)
     tl.store(SlotOf + old, -1, mask=mapped)
     tl.store(IdOf + victim, -2, mask=valid)
-    tl.store(Spare + r, tl.where(empty, tl.where(valid, victim, -1), spare), mask=given)
+    tl.store(Spare + r, tl.where(empty, victim, spare), mask=given)
+    taken = tl.reduce(empty.to(tl.int64), 0, add)
     tl.store(Totals, tl.load(Totals) + tl.load(Counts))
     tl.store(Totals + 1, tl.load(Totals + 1) + tl.reduce(used.to(tl.int64), 0, add))
+    tl.store(Totals + 2, tl.where(filled + taken < slots, filled + taken, slots))
+    tl.debug_barrier()
+    tl.store(Counts + tl.arange(0, 2), tl.full((2,), 0, tl.int32))
 
 
-def publish(state, want: Tensor, counts: Tensor, victims: Tensor, valid: Tensor, clock: int) -> None:
+def publish(state, want: Tensor, counts: Tensor, by: int, clock: int, hand: int, in_use: int) -> None:
     """See `hot_cache.publish`."""
     spares = state.spare.shape[0]
     publish_kernel[(1,)](
-        state.slot_of, state.id_of, state.last_used, state.uses, want, counts, state.spare, victims, valid, state.totals,
-        spares, clock, SPARES=triton.next_power_of_2(spares), num_warps=8,
+        state.slot_of, state.id_of, state.last_used, state.uses, state.last_used if state.priority is None else state.priority,
+        want, counts, state.spare, state.totals, spares, state.id_of.shape[0], clock, hand, in_use,
+        SPARES=triton.next_power_of_2(spares), SAMPLE=16, BY=by, num_warps=16,
     )  # fmt: skip
 
 
