@@ -23,7 +23,8 @@ NAMES = {
     "fifo": "FIFO", "lru": "LRU", "lfu": "LFU with aging", "s3-fifo": "S3-FIFO", "sieve": "SIEVE", "arc": "ARC",
     "w-tinylfu": "W-TinyLFU", "counts": "counts so far, pinned", "belady": "Belady", "predicted": "predicted",
 }  # fmt: skip
-FIFO, LRU, LFU, S3FIFO, SIEVE, ARC, TINYLFU, COUNTS = range(8)
+NUMBER_OF_POLICIES = len(POLICIES)
+FIFO, LRU, LFU, S3FIFO, SIEVE, ARC, TINYLFU, COUNTS = range(NUMBER_OF_POLICIES)
 HEADS = 4
 INSIDE, PREV, NEXT, COUNT, KEY, PLACE, LIST = range(7)
 
