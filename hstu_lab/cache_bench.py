@@ -1,19 +1,23 @@
 """Measure the hot cache: on the GPU that is here, and its policies on recorded traces.
 
     python -m hstu_lab.cache_bench gpu [--out FOLDER]
+    python -m hstu_lab.cache_bench traces [--movielens ml-1m.zip] [--grocery grocery.csv.gz] [--out FOLDER]
 
-Writes data/measured/<device>/hot_cache.json. `gpu` needs PyTorch, Triton and an NVIDIA GPU, nothing else of the project's stack.
+Writes data/measured/<device>/hot_cache.json and cache_traces.json. `gpu` needs PyTorch, Triton and an NVIDIA GPU, nothing else
+of the project's stack; `traces` runs on one CPU core. Without files, `traces` takes synthetic ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import pathlib
 import statistics
 import time
 import traceback
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -154,7 +158,7 @@ def through_the_cache(record: measure.Record, table: Tensor) -> None:
         results.append(timed(cache.rows, f"cache.rows {BATCH}, aimed at {share:.0%} hits", inputs=sets, graph=False))
         after = cache.stats()
         ratio = 1 - (after.misses - before.misses) / (after.lookups - before.lookups)
-        issued = host_seconds(lambda: cache.lookup(sets[0][0]))
+        issued = host_seconds(functools.partial(cache.lookup, sets[0][0]))
         record.data[results[-1].name] = {"hit ratio": ratio, "host seconds to issue one": issued, "gpu bytes": after.gpu_bytes}
         print(f"{'':58s} hit ratio {ratio:.3f}, host {issued * 1e6:.0f} us to issue")
     ids, work = sets[0][0], cache._work[0]
@@ -311,6 +315,88 @@ def gpu(arguments: argparse.Namespace) -> None:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
 
+SHARES = (0.01, 0.05, 0.1)
+
+
+def judged(trace, share: float) -> dict:
+    """Second-half hit ratios on one trace with a cache of `share` of its rows: each policy, the cache, Belady."""
+    from hstu_lab.cache_policies import POLICIES, simulate
+    from hstu_lab.cache_prediction import play
+    from hstu_lab.cache_traces import stalls
+
+    capacity = max(1, int(share * trace.num_items))
+    start = time.perf_counter()
+    played = play(trace, capacity)
+    seconds = time.perf_counter() - start
+    half = played.second_half
+    ratios = {name: float(hits[half].mean()) for name, hits in played.shadow.items()}
+    belady = {bypass: float(simulate("belady", trace.items, capacity, trace.num_items, bypass=bypass)[half].mean())
+              for bypass in (True, False)}  # fmt: skip
+    best = max(POLICIES, key=ratios.get)
+    cache = float(played.hits[half].mean())
+    windows = [float(part.mean()) for part in np.array_split(played.hits, 50)]
+    wait = stalls(trace, capacity, played.hits)
+    return {
+        "share": share, "capacity": capacity, "policies": ratios, "cache": cache, "best classic": best, "belady": belady[True],
+        "belady without bypass": belady[False], "closed": (cache - ratios[best]) / (belady[True] - ratios[best]),
+        "led by": played.report(), "seconds an access, all policies": seconds / len(trace.items), "hit ratio over time": windows,
+        "stalls": dataclasses.asdict(wait),
+    }  # fmt: skip
+
+
+def after_a_shift(trace, share: float) -> dict:
+    """A new catalogue half-way: the cache against the best classic policy after 2 % of the trace."""
+    from hstu_lab.cache_policies import POLICIES
+    from hstu_lab.cache_prediction import play
+    from hstu_lab.cache_traces import Trace
+
+    half, count = len(trace.items) // 2, len(trace.items)
+    items = np.where(np.arange(count) < half, trace.items, trace.items + trace.num_items)
+    played = play(Trace(trace.name, items, trace.users, trace.times), max(1, int(share * trace.num_items)))
+    window = slice(half + count // 50, half + count // 25)
+    ratios = {name: float(played.shadow[name][window].mean()) for name in POLICIES}
+    best = max(ratios, key=ratios.get)
+    cache = float(played.hits[window].mean())
+    return {"share": share, "cache": cache, "best classic": best, "its ratio": ratios[best], "relative": cache / ratios[best],
+            "led by": played.report(window)}  # fmt: skip
+
+
+def traces(arguments: argparse.Namespace) -> None:
+    from hstu_lab.cache_traces import movielens_trace, request_trace, review_trace, synthetic_trace
+
+    todo = []
+    if arguments.movielens:
+        items = movielens_trace(arguments.movielens)
+        todo += [items, request_trace(items, name="ML-1M requests")]
+    if arguments.grocery:
+        todo.append(review_trace(arguments.grocery, "Amazon Grocery items"))
+    todo = todo or [synthetic_trace(100_000, skew=0.9, drift=0.5), synthetic_trace(100_000, skew=0.6, returning=0.5)]
+    record = measure.Record.here("cache_traces", command="python -m hstu_lab.cache_bench traces --movielens ml-1m.zip "
+                                 "--grocery grocery.csv.gz", note="second half of each trace; learned from the first half and "
+                                 "on line; one configuration for all")  # fmt: skip
+    cells = record.data["traces"] = {}
+    for trace in todo:
+        rows = cells.setdefault(trace.name, {"accesses": len(trace.items), "rows": trace.num_items, "requests": len(trace.starts),
+                                             "cells": []})["cells"]  # fmt: skip
+        for share in SHARES:
+            rows.append(cell := judged(trace, share))
+            print(f"{trace.name:22s} {share:4.0%}  cache {cell['cache']:.4f}  predicted {cell['policies']['predicted']:.4f}  "
+                  f"{cell['best classic']} {cell['policies'][cell['best classic']]:.4f}  Belady {cell['belady']:.4f}  closed "
+                  f"{cell['closed']:+.3f}  {cell['seconds an access, all policies'] * 1e6:.0f} us an access; stalls a request "
+                  f"{cell['stalls']['demand']:.2f} -> {cell['stalls']['prefetched']:.2f}, moved "
+                  f"{cell['stalls']['moved_on_demand']:.2f} -> {cell['stalls']['moved_with_prefetch']:.2f}; "
+                  f"{cell['led by']}", flush=True)  # fmt: skip
+    closed = [cell["closed"] for rows in cells.values() for cell in rows["cells"]]
+    record.data["closed on average"] = sum(closed) / len(closed)
+    print(f"closed on average {record.data['closed on average']:.3f}, least {min(closed):+.3f}")
+    record.data["shift"] = {}
+    for trace in todo:
+        if len(trace.items) < 2_000_000:
+            record.data["shift"][trace.name] = after_a_shift(trace, 0.05)
+            print("shift", trace.name, record.data["shift"][trace.name], flush=True)
+    print(measure.write_record(record, arguments.out))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -318,6 +404,11 @@ def main() -> None:
     command.add_argument("parts", nargs="*", metavar="part", help=f"some of {', '.join(PARTS)}; default: all")
     command.add_argument("--out", type=pathlib.Path, default=None, help="folder for the record (default: data/measured)")
     command.set_defaults(run=gpu)
+    command = commands.add_parser("traces", help="policies on recorded traces: hit ratios of the second half")
+    command.add_argument("--movielens", type=pathlib.Path, help="MovieLens-1M's official zip")
+    command.add_argument("--grocery", type=pathlib.Path, help="a table of user_id, item_id and time")
+    command.add_argument("--out", type=pathlib.Path, default=None, help="folder for the record (default: data/measured)")
+    command.set_defaults(run=traces)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -1,7 +1,7 @@
 """Eviction policies on traces of ids: the classic ones, one small step function each, and Belady's bound.
 
-Every policy is demand-only: a row comes in when it is asked for and missing, and may be refused. `simulate` runs one over a trace;
-`Policies` runs several side by side, one access at a time, which is what a cache that follows the best of them needs.
+Every policy is demand-only: a row comes in when it is asked for and missing, and may be refused. `simulate` runs one over a
+trace; `step` takes one access, so that a cache can run several side by side and follow the best of them.
 
 Sources: LFU with aging: Arlitt et al., LFU-DA (2000). S3-FIFO: Yang et al., SOSP 2023. SIEVE: Zhang et al., NSDI 2024. ARC:
 Megiddo and Modha, FAST 2003. W-TinyLFU: Einziger et al., ACM TOS 2017, with exact counts in place of a sketch. Belady's MIN:
@@ -278,7 +278,7 @@ def _arc(item, number, i, hit):
         _move(item, number, often, i)
         return
     ones, oftens = number[SIZES + ghost1], number[SIZES + ghost2]
-    if where == ghost1 or where == ghost2:
+    if where in (ghost1, ghost2):
         if where == ghost1:
             number[OWN] = min(capacity, number[OWN] + max(oftens // ones, 1))
         else:
@@ -349,7 +349,7 @@ def step(state, i):
     number[VICTIM] = -1
     hit = item[INSIDE, i] == 1
     kind = state.kind
-    if kind == FIFO or kind == LRU:
+    if kind in (FIFO, LRU):
         _fifo(item, number, i, hit, kind == LRU)
     elif kind == LFU:
         _lfu(item, heap, number, i, hit)

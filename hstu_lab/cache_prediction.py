@@ -20,6 +20,7 @@ from numba import njit
 
 from hstu_lab import cache_policies
 from hstu_lab.cache_policies import INSIDE, NUMBER_OF_POLICIES, POLICIES, VICTIM, new_state, step
+from hstu_lab.cache_traces import Trace
 
 FEATURES = (
     "accesses since the last use", "the gap before", "the gap before that", "uses, decayed over 128 accesses",
@@ -45,59 +46,6 @@ jit = njit(cache=True, nogil=True, fastmath=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class Trace:
-    """Accesses in order: row items (T,) asked for by users (T,) at times (T,) Unix seconds, all int64.
-
-    Neighbours of one user and time make a request. Without users or times, leave them out: those signals are then constant.
-    Raises ValueError where lengths differ or an id is negative.
-    """
-
-    name: str
-    items: np.ndarray
-    users: np.ndarray | None = None
-    times: np.ndarray | None = None
-
-    def __post_init__(self):
-        items = np.ascontiguousarray(self.items, dtype=np.int64)
-        object.__setattr__(self, "items", items)
-        for field, default in (("users", np.zeros(len(items))), ("times", np.arange(len(items)))):
-            given = getattr(self, field)
-            object.__setattr__(self, field, np.ascontiguousarray(default if given is None else given, dtype=np.int64))
-        if not len(self.items) == len(self.users) == len(self.times) or self.items.ndim != 1:
-            raise ValueError(f"trace {self.name!r}: items, users and times differ in length")
-        if len(items) and min(items.min(), self.users.min()) < 0:
-            raise ValueError(f"trace {self.name!r}: an item or a user is negative: number them from 0")
-
-    @property
-    def num_items(self) -> int:
-        return int(self.items.max(initial=-1)) + 1
-
-    @property
-    def starts(self) -> np.ndarray:
-        """(R,) positions at which a request starts."""
-        new = (self.users[1:] != self.users[:-1]) | (self.times[1:] != self.times[:-1])
-        return np.concatenate([np.zeros(min(1, len(self.items)), np.int64), new.nonzero()[0] + 1])
-
-    def first(self, count: int) -> Trace:
-        return Trace(self.name, self.items[:count], self.users[:count], self.times[:count])
-
-
-def request_trace(trace: Trace, last: int = 50, every: int = 10, name: str = "") -> Trace:
-    """What serving would ask for: at every `every`-th event of a user a request for his last `last` items, oldest first."""
-    history: dict[int, list[int]] = {}
-    items, users, times = [], [], []
-    for item, user, at in zip(trace.items.tolist(), trace.users.tolist(), trace.times.tolist()):
-        events = history.setdefault(user, [])
-        events.append(item)
-        if len(events) % every == 0:
-            window = events[-last:]
-            items += window
-            users += [user] * len(window)
-            times += [at] * len(window)
-    return Trace(name or f"{trace.name} requests", np.array(items), np.array(users), np.array(times))
-
-
-@dataclasses.dataclass(frozen=True)
 class Played:
     """One run over a trace. hits (T,) bool of the real cache; shadow {policy: (T,) bool} of every policy on its own, "predicted"
     included; leader (T,) int8: which was followed, an index into `policies`."""
@@ -118,10 +66,10 @@ class Played:
         led = self.leader[self.second_half if part is None else part]
         share = {self.policies[k]: float((led == k).mean()) for k in np.unique(led)}
         predicted = share.pop("predicted", 0.0)
-        if not share:
+        others = [f"{cache_policies.NAMES[name]} {value:.0%}" for name, value in sorted(share.items(), key=lambda x: -x[1])]
+        if predicted > 0.995 or not others:
             return "prediction led all the time"
-        others = ", ".join(f"{cache_policies.NAMES[name]} {value:.0%}" for name, value in sorted(share.items(), key=lambda x: -x[1]))
-        return f"prediction led {predicted:.0%} of the time; it did not help in the rest, and the cache followed {others}"
+        return f"prediction led {predicted:.0%} of the time; where it did not help the cache followed {', '.join(others[:3])}"
 
 
 @jit
@@ -357,8 +305,9 @@ def play(
     states = tuple(new_state(name, num_items, capacity) for name in POLICIES)
 
     def run(part, hits, shadow, leader):
-        _play(part.items, part.users, part.times, num_items, capacity, horizon, SAMPLE, LEARNING_RATE, network.weights, network.mean,
-              network.square, network.steps, seed, states, half_life, hits, shadow, leader)  # fmt: skip
+        learner = network.weights, network.mean, network.square, network.steps
+        _play(part.items, part.users, part.times, num_items, capacity, horizon, SAMPLE, LEARNING_RATE, *learner, seed, states,
+              half_life, hits, shadow, leader)  # fmt: skip
 
     if network is None:
         network = Network.new(seed)
@@ -370,41 +319,3 @@ def play(
     if accesses:
         run(trace, hits, shadow, leader)
     return Played(trace, capacity, hits, dict(zip(names, shadow)), leader)
-
-
-@dataclasses.dataclass(frozen=True)
-class Stalls:
-    """Per request: rows waited for, and rows moved over the bus, on demand only and with the next request's rows prefetched."""
-
-    demand: float
-    prefetched: float
-    moved_on_demand: float
-    moved_with_prefetch: float
-
-
-@njit(cache=True)
-def _prefetched(state, items, starts, first):
-    """LRU; while a request is computed the rows of the next one come in. (rows waited for, rows moved) from request `first` on."""
-    waited, moved = 0, 0
-    for r in range(len(starts)):
-        end = starts[r + 1] if r + 1 < len(starts) else len(items)
-        after = starts[r + 2] if r + 2 < len(starts) else len(items)
-        for t in range(starts[r], end):
-            missing = state.item[INSIDE, items[t]] == 0
-            if missing and r >= first:
-                waited += 1
-        for t in range(starts[r], after):
-            if not step(state, items[t]) and r >= first:
-                moved += 1
-    return waited, moved
-
-
-def stalls(trace: Trace, capacity: int, hits: np.ndarray) -> Stalls:
-    """Second half of the trace: demand-only `hits` (T,) against prefetching, where each request's ids are known one request
-    ahead (it waits in the queue while the one before is computed) and its rows have arrived by its turn."""
-    starts = trace.starts
-    first = int(np.searchsorted(starts, len(trace.items) // 2))
-    requests = max(len(starts) - first, 1)
-    waited, moved = _prefetched(new_state("lru", trace.num_items, capacity), trace.items, starts, first)
-    missed = int((~hits[starts[first] if first < len(starts) else len(hits) :]).sum())
-    return Stalls(missed / requests, waited / requests, missed / requests, moved / requests)

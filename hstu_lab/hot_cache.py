@@ -192,10 +192,10 @@ class HotCache:
     """Rows of `table` (N, D) that the device asks for most, in at most `capacity` slots of device memory.
 
     table: float32, float16, bfloat16, or int8 with `scales` (N,) float32, in host memory; on a GPU a copy of it is pinned unless
-    it is already. `cache.table` is the table from then on. A capacity above N is cut to N. spares: slots kept free for the next misses, out of `capacity` (default
-    1/64 of it, 64 to 4,096); more distinct misses than that in one lookup are answered but not kept. dtype: of the rows given
-    (default: the table's, float16 for int8). policy: "lru", "lfu" (hits since inserted) or, once `prioritise` has been called,
-    "priority"; may be set at any time. Raises CacheError naming what is wrong.
+    it is already. `cache.table` is the table from then on. A capacity above N is cut to N. spares: slots kept free for the next
+    misses, out of `capacity` (default 1/64 of it, 64 to 4,096); more distinct misses than that in one lookup are answered but
+    not kept. dtype: of the rows given (default: the table's, float16 for int8). policy: "lru", "lfu" (hits since inserted) or,
+    once `prioritise` has been called, "priority"; may be set at any time. Raises CacheError naming what is wrong.
     """
 
     def __init__(
