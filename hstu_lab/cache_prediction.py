@@ -34,11 +34,13 @@ F, HIDDEN = len(FEATURES), 32
 WEIGHTS = HIDDEN * (F + 2) + 1
 HORIZON = 10
 """Labels are cut at this many accesses times the capacity."""
-SAMPLE = 64
+SAMPLE = 32
 LEARNING_RATE = 2e-3
 REHEARSED = 300_000
 """A short first part is gone through again until this many accesses have been learned from."""
 BATCH = 64
+SMOOTHING = 0.005
+"""Decisions use a running mean of the weights, to which each step adds this share."""
 DECAYS = 4
 FAR = 1e6
 
@@ -145,7 +147,7 @@ def _adam(w, g, m, v, rate, steps, count):
 
 @jit
 def _play(
-    items, users, times, num_items, capacity, horizon, sample, rate, w, m, v, steps, seed, states, half_life, hits, shadow, leader
+    items, users, times, num_items, capacity, horizon, sample, rate, w, m, v, steps, smooth, seed, states, half_life, hits, shadow, leader
 ):  # fmt: skip
     """One pass over a trace. states: the classic policies beside it, used only where `hits` is not empty."""
     np.random.seed(seed)
@@ -188,6 +190,9 @@ def _play(
         if batch >= BATCH:
             _adam(w, g, m, v, rate, steps, batch)
             batch = 0
+            share = np.float32(max(1.0 / steps[0], SMOOTHING))
+            for p in range(WEIGHTS):
+                smooth[p] += share * (w[p] - smooth[p])
         if row[i, 4] < 0:
             row[i, 4] = t
         row[i, 8] = max(now - row[i, 7], 0.0)
@@ -210,11 +215,11 @@ def _play(
             size += 1
         elif not hit:
             _features(x, i, t, now, row, counts, counted, last_user, user)
-            longest, victim = _predict(x, w, h), i
+            longest, victim = _predict(x, smooth, h), i
             for s in range(min(sample, capacity)):
                 c = own[s] if capacity <= sample else own[np.random.randint(capacity)]
                 _features(x, c, t, now, row, counts, counted, last_user, user)
-                y = _predict(x, w, h)
+                y = _predict(x, smooth, h)
                 if y > longest:
                     longest, victim = y, c
             if victim != i:
@@ -268,12 +273,13 @@ def _play(
 
 @dataclasses.dataclass
 class Network:
-    """The predictor's weights (WEIGHTS,) float32 and the state of its optimiser (Adam)."""
+    """The predictor's weights (WEIGHTS,) float32, the state of its optimiser (Adam), and the running mean that decides."""
 
     weights: np.ndarray
     mean: np.ndarray
     square: np.ndarray
     steps: np.ndarray
+    smooth: np.ndarray
 
     @classmethod
     def new(cls, seed: int = 0) -> Network:
@@ -283,7 +289,8 @@ class Network:
         weights[: HIDDEN * F] = random.standard_normal(HIDDEN * F) * math.sqrt(2 / F)
         weights[HIDDEN * (F + 1) : -1] = random.standard_normal(HIDDEN) * 0.05
         weights[-1] = 10 / 8
-        return cls(weights, np.zeros(WEIGHTS, np.float32), np.zeros(WEIGHTS, np.float32), np.zeros(1, np.int64))
+        return cls(weights, np.zeros(WEIGHTS, np.float32), np.zeros(WEIGHTS, np.float32), np.zeros(1, np.int64),
+                   weights.copy())  # fmt: skip
 
 
 def play(
@@ -298,14 +305,14 @@ def play(
     """
     if capacity < 1:
         raise ValueError(f"capacity is {capacity}: give at least one row")
-    accesses, num_items, horizon = len(trace.items), trace.num_items, max(HORIZON * capacity, 512)
+    accesses, num_items, horizon = len(trace.items), trace.num_items, max(HORIZON * capacity, 1024)
     half_life = half_life or min(max(8 * capacity, 512), 4096)
     names = (*POLICIES, "predicted")
     nothing = np.empty(0, np.bool_)
     states = tuple(new_state(name, num_items, capacity) for name in POLICIES)
 
     def run(part, hits, shadow, leader):
-        learner = network.weights, network.mean, network.square, network.steps
+        learner = network.weights, network.mean, network.square, network.steps, network.smooth
         _play(part.items, part.users, part.times, num_items, capacity, horizon, SAMPLE, LEARNING_RATE, *learner, seed, states,
               half_life, hits, shadow, leader)  # fmt: skip
 
