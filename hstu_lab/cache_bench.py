@@ -325,9 +325,9 @@ def judged(trace, share: float) -> dict:
     from hstu_lab.cache_traces import stalls
 
     capacity = max(1, int(share * trace.num_items))
-    start = time.perf_counter()
+    start = time.process_time()
     played = play(trace, capacity)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     half = played.second_half
     ratios = {name: float(hits[half].mean()) for name, hits in played.shadow.items()}
     belady = {bypass: float(simulate("belady", trace.items, capacity, trace.num_items, bypass=bypass)[half].mean())
@@ -339,7 +339,7 @@ def judged(trace, share: float) -> dict:
     return {
         "share": share, "capacity": capacity, "policies": ratios, "cache": cache, "best classic": best, "belady": belady[True],
         "belady without bypass": belady[False], "closed": (cache - ratios[best]) / (belady[True] - ratios[best]),
-        "led by": played.report(), "seconds an access, all policies": seconds / len(trace.items), "hit ratio over time": windows,
+        "led by": played.report(), "processor seconds an access, all policies": seconds / len(trace.items), "hit ratio over time": windows,
         "stalls": dataclasses.asdict(wait),
     }  # fmt: skip
 
@@ -382,7 +382,7 @@ def traces(arguments: argparse.Namespace) -> None:
             rows.append(cell := judged(trace, share))
             print(f"{trace.name:22s} {share:4.0%}  cache {cell['cache']:.4f}  predicted {cell['policies']['predicted']:.4f}  "
                   f"{cell['best classic']} {cell['policies'][cell['best classic']]:.4f}  Belady {cell['belady']:.4f}  closed "
-                  f"{cell['closed']:+.3f}  {cell['seconds an access, all policies'] * 1e6:.0f} us an access; stalls a request "
+                  f"{cell['closed']:+.3f}  {cell['processor seconds an access, all policies'] * 1e6:.0f} us an access; stalls a request "
                   f"{cell['stalls']['demand']:.2f} -> {cell['stalls']['prefetched']:.2f}, moved "
                   f"{cell['stalls']['moved_on_demand']:.2f} -> {cell['stalls']['moved_with_prefetch']:.2f}; "
                   f"{cell['led by']}", flush=True)  # fmt: skip

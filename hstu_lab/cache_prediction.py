@@ -29,6 +29,8 @@ FEATURES = (
     "accesses since that user's last request", "that user has not returned since", "that user has returned once since",
     "seconds since that user's last request", "requests of that user so far", "accesses since first seen",
     "place in the request, in tens", "seconds since the last use", "seconds of the gap before",
+    "accesses since the request of the user before him who asked", "he has not returned since", "he has returned once since",
+    "place in his request, in tens", "accesses between his requests", "seconds since his last request",
 )  # fmt: skip
 F, HIDDEN = len(FEATURES), 32
 WEIGHTS = HIDDEN * (F + 2) + 1
@@ -82,8 +84,8 @@ def _log(x):
 @jit
 def _features(x, i, t, now, row, counts, counted, last_user, user):
     """x (F,) of row i at access t. row, user: per-row and per-user numbers, as `_play` keeps them."""
-    last, gap1, gap2, uses, first, place, visit, at, wall = row[i]
-    u = last_user[i]
+    last, gap1, gap2, uses, first, place, visit, at, wall, place2, visit2 = row[i]
+    u = last_user[i, 0]
     visits, user_last, user_gap, user_length, user_time = user[u, 0], user[u, 1], user[u, 2], user[u, 3], user[u, 4]
     x[0] = _log(t - last) / 8
     x[1] = _log(gap1) / 8
@@ -103,6 +105,17 @@ def _features(x, i, t, now, row, counts, counted, last_user, user):
     x[17] = min(place / 50 - 0.2, 2.0)
     x[18] = _log(max(now - at, 0.0)) / 8
     x[19] = _log(wall) / 8
+    u = last_user[i, 1]
+    if u < 0:
+        x[20:] = 2.0
+        x[21] = x[22] = 0.0
+        return
+    x[20] = _log(t - user[u, 1]) / 8
+    x[21] = 1.0 if user[u, 0] == visit2 else 0.0
+    x[22] = 1.0 if user[u, 0] == visit2 + 1 else 0.0
+    x[23] = min(place2 / 50 - 0.2, 2.0)
+    x[24] = _log(user[u, 2]) / 8
+    x[25] = _log(max(now - user[u, 4], 0.0)) / 8
 
 
 @jit
@@ -152,9 +165,10 @@ def _play(
     """One pass over a trace. states: the classic policies beside it, used only where `hits` is not empty."""
     np.random.seed(seed)
     follow = len(hits) > 0
-    row = np.zeros((num_items, 9))  # last use, two gaps, uses, first use, place, visit, second of it, seconds of the gap
+    # last use, two gaps, uses, first use, place, visit, second of it, seconds of the gap; place and visit of the user before
+    row = np.zeros((num_items, 11))
     row[:, 0], row[:, 1], row[:, 2], row[:, 4], row[:, 8] = -1e5, FAR, FAR, -1, 1e9
-    counts, counted, last_user = np.zeros((num_items, DECAYS)), np.zeros(num_items), np.zeros(num_items, np.int64)
+    counts, counted, last_user = np.zeros((num_items, DECAYS)), np.zeros(num_items), np.full((num_items, 2), -1)
     user = np.zeros((users.max() + 1, 6))  # visits, last access, gap, length, second, place
     own = np.empty(capacity, np.int64)
     at = np.full(num_items, -1)
@@ -204,7 +218,9 @@ def _play(
         for k in range(DECAYS):
             counts[i, k] = counts[i, k] * math.exp2(-(t - counted[i]) / (1 << (7 + 3 * k))) + 1
         counted[i] = t
-        last_user[i] = u
+        if last_user[i, 0] != u:
+            last_user[i, 1], row[i, 9], row[i, 10] = last_user[i, 0], row[i, 5], row[i, 6]
+            last_user[i, 0] = u
         row[i, 5], row[i, 6] = user[u, 5], user[u, 0]
         user[u, 5] += 1
         user[u, 1], user[u, 4] = t, now
