@@ -160,7 +160,8 @@ def _adam(w, g, m, v, rate, steps, count):
 
 @jit
 def _play(
-    items, users, times, num_items, capacity, horizon, sample, rate, w, m, v, steps, smooth, seed, states, half_life, hits, shadow, leader
+    items, users, times, num_items, capacity, horizon, sample, rate, w, m, v, steps, smooth, seed, states, half_life, hits,
+    shadow, leader,
 ):  # fmt: skip
     """One pass over a trace. states: the classic policies beside it, used only where `hits` is not empty."""
     np.random.seed(seed)
@@ -335,7 +336,7 @@ def play(
     if network is None:
         network = Network.new(seed)
         half = trace.first(accesses // 2)
-        for _ in range((rehearsed - accesses // 2) // max(accesses // 2, 1)):
+        for _ in range(min((rehearsed - len(half.items)) // max(len(half.items), 1), 10) if len(half.items) else 0):
             run(half, nothing, nothing[None], np.empty(0, np.int8))
     hits, shadow = np.empty(accesses, np.bool_), np.empty((len(names), accesses), np.bool_)
     leader = np.empty(accesses, np.int8)
