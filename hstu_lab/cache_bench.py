@@ -344,6 +344,17 @@ def judged(trace, share: float) -> dict:
     }  # fmt: skip
 
 
+def described(name: str, cell: dict) -> str:
+    """One line of a cell of `judged`."""
+    best, wait = cell["best classic"], cell["stalls"]
+    return (
+        f"{name:22s} {cell['share']:4.0%}  cache {cell['cache']:.4f}  predicted {cell['policies']['predicted']:.4f}  "
+        f"{best} {cell['policies'][best]:.4f}  Belady {cell['belady']:.4f}  closed {cell['closed']:+.3f}  "
+        f"{cell['processor seconds an access, all policies'] * 1e6:.0f} us an access; stalls a request {wait['demand']:.2f} -> "
+        f"{wait['prefetched']:.2f}, moved {wait['moved_on_demand']:.2f} -> {wait['moved_with_prefetch']:.2f}; {cell['led by']}"
+    )
+
+
 def after_a_shift(trace, share: float) -> dict:
     """A new catalogue half-way: the cache against the best classic policy after 2 % of the trace."""
     from hstu_lab.cache_policies import POLICIES
@@ -380,12 +391,7 @@ def traces(arguments: argparse.Namespace) -> None:
                                              "cells": []})["cells"]  # fmt: skip
         for share in SHARES:
             rows.append(cell := judged(trace, share))
-            print(f"{trace.name:22s} {share:4.0%}  cache {cell['cache']:.4f}  predicted {cell['policies']['predicted']:.4f}  "
-                  f"{cell['best classic']} {cell['policies'][cell['best classic']]:.4f}  Belady {cell['belady']:.4f}  closed "
-                  f"{cell['closed']:+.3f}  {cell['processor seconds an access, all policies'] * 1e6:.0f} us an access; stalls a request "
-                  f"{cell['stalls']['demand']:.2f} -> {cell['stalls']['prefetched']:.2f}, moved "
-                  f"{cell['stalls']['moved_on_demand']:.2f} -> {cell['stalls']['moved_with_prefetch']:.2f}; "
-                  f"{cell['led by']}", flush=True)  # fmt: skip
+            print(described(trace.name, cell), flush=True)
     closed = [cell["closed"] for rows in cells.values() for cell in rows["cells"]]
     record.data["closed on average"] = sum(closed) / len(closed)
     print(f"closed on average {record.data['closed on average']:.3f}, least {min(closed):+.3f}")

@@ -52,13 +52,16 @@ jit = njit(cache=True, nogil=True, fastmath=True)
 @dataclasses.dataclass(frozen=True)
 class Played:
     """One run over a trace. hits (T,) bool of the real cache; shadow {policy: (T,) bool} of every policy on its own, "predicted"
-    included; leader (T,) int8: which was followed, an index into `policies`."""
+    included; leader (T,) int8: which was followed, an index into `policies`. outlook (N,) float32: for each row, after the last
+    access, minus the logarithm of the accesses predicted until its next use (-inf for a row never seen): what
+    `hot_cache.HotCache.prioritise` takes."""
 
     trace: Trace
     capacity: int
     hits: np.ndarray
     shadow: dict[str, np.ndarray]
     leader: np.ndarray
+    outlook: np.ndarray
     policies: tuple[str, ...] = (*POLICIES, "predicted")
 
     @property
@@ -161,7 +164,7 @@ def _adam(w, g, m, v, rate, steps, count):
 @jit
 def _play(
     items, users, times, num_items, capacity, horizon, sample, rate, w, m, v, steps, smooth, seed, states, half_life, hits,
-    shadow, leader,
+    shadow, leader, outlook,
 ):  # fmt: skip
     """One pass over a trace. states: the classic policies beside it, used only where `hits` is not empty."""
     np.random.seed(seed)
@@ -285,7 +288,10 @@ def _play(
                             break
                 real[real_at[old]], real_at[i] = i, real_at[old]
                 real_at[old] = -1
-    return lead
+    for i in range(len(outlook)):
+        if row[i, 3] > 0:
+            _features(x, i, len(items), times[-1], row, counts, counted, last_user, user)
+            outlook[i] = -_predict(x, smooth, h)
 
 
 @dataclasses.dataclass
@@ -328,18 +334,19 @@ def play(
     nothing = np.empty(0, np.bool_)
     states = tuple(new_state(name, num_items, capacity) for name in POLICIES)
 
-    def run(part, hits, shadow, leader):
+    def run(part, hits, shadow, leader, outlook):
         learner = network.weights, network.mean, network.square, network.steps, network.smooth
         _play(part.items, part.users, part.times, num_items, capacity, horizon, SAMPLE, LEARNING_RATE, *learner, seed, states,
-              half_life, hits, shadow, leader)  # fmt: skip
+              half_life, hits, shadow, leader, outlook)  # fmt: skip
 
     if network is None:
         network = Network.new(seed)
         half = trace.first(accesses // 2)
         for _ in range(min((rehearsed - len(half.items)) // max(len(half.items), 1), 10) if len(half.items) else 0):
-            run(half, nothing, nothing[None], np.empty(0, np.int8))
+            run(half, nothing, nothing[None], np.empty(0, np.int8), np.empty(0, np.float32))
     hits, shadow = np.empty(accesses, np.bool_), np.empty((len(names), accesses), np.bool_)
     leader = np.empty(accesses, np.int8)
+    outlook = np.full(num_items, -np.inf, np.float32)
     if accesses:
-        run(trace, hits, shadow, leader)
-    return Played(trace, capacity, hits, dict(zip(names, shadow)), leader)
+        run(trace, hits, shadow, leader, outlook)
+    return Played(trace, capacity, hits, dict(zip(names, shadow)), leader, outlook)

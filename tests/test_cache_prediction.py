@@ -141,3 +141,23 @@ def test_files(tmp_path):
         archive.writestr("ml-1m/ratings.dat", "1::50::5::900\n2::40::3::800\n1::40::4::900\n")
     trace = movielens_trace(tmp_path / "ml.zip")
     assert (trace.items.tolist(), trace.users.tolist(), trace.times.tolist()) == ([0, 1, 0], [1, 0, 0], [800, 900, 900])
+
+
+def test_the_outlook_drives_the_row_cache(requests):
+    import torch
+
+    from hstu_lab.hot_cache import HotCache
+
+    served, capacity = 12_000, 60
+    head, tail = requests.first(served), requests.items[served : served + 600]
+    cache = HotCache(torch.arange(requests.num_items, dtype=torch.float32)[:, None].repeat(1, 4), capacity, spares=4)
+    outlook = torch.from_numpy(play(head, capacity, rehearsed=0).outlook)
+    outlook = torch.cat([outlook, outlook.new_full((requests.num_items - len(outlook),), -torch.inf)])
+    cache.prioritise(outlook)
+    for part in torch.from_numpy(head.items[-2000:]).split(8):
+        assert torch.equal(cache.rows(part)[:, 0], part.float())
+    kept = cache.resident()
+    others = torch.from_numpy(np.setdiff1d(head.items[-2000:], kept.numpy()))
+    assert outlook[kept].mean() > outlook[others].mean()
+    soon = torch.from_numpy(np.unique(tail))
+    assert torch.isin(kept, soon).float().mean() > torch.isin(others, soon).float().mean() + 0.1

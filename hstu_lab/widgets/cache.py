@@ -47,7 +47,7 @@ def hit_ratio_lines(runs: Mapping[str, np.ndarray], title: str = "", shift: floa
 
 
 def gap_bars(traces: Mapping[str, Sequence[Mapping]], source: str = "") -> Figure:
-    """Recorded traces (`cache_bench traces`): for each size the classics as dots, the cache as a bar, Belady's bound as a line."""
+    """Recorded traces (`cache_bench traces`): the classics as dots, the cache as a bar, Belady's bound as a line."""
     cells = [(name, cell) for name, rows in traces.items() for cell in rows]
     with matplotlib.rc_context(STYLE):
         figure = Figure(10, 3.8)
