@@ -337,8 +337,8 @@ def play(
     states = tuple(new_state(name, num_items, capacity) for name in POLICIES)
 
     def run(part, hits, shadow, leader, outlook):
-        learner = network.weights, network.mean, network.square, network.steps, network.smooth
-        _play(part.items, part.users, part.times, num_items, capacity, horizon, SAMPLE, LEARNING_RATE, *learner, KEEP, seed, states,
+        learner = network.weights, network.mean, network.square, network.steps, network.smooth, KEEP
+        _play(part.items, part.users, part.times, num_items, capacity, horizon, SAMPLE, LEARNING_RATE, *learner, seed, states,
               half_life, hits, shadow, leader, outlook)  # fmt: skip
 
     if network is None:
