@@ -41,8 +41,6 @@ LEARNING_RATE = 2e-3
 REHEARSED = 300_000
 """A short first part is gone through again until this many accesses have been learned from."""
 BATCH = 64
-KEEP = 0.02
-"""The row asked for comes in only if its prediction is better by this (in 8 octaves): equal rows shall not take turns."""
 SMOOTHING = 0.005
 """Decisions use a running mean of the weights, to which each step adds this share."""
 DECAYS = 4
@@ -165,7 +163,7 @@ def _adam(w, g, m, v, rate, steps, count):
 
 @jit
 def _play(
-    items, users, times, num_items, capacity, horizon, sample, rate, w, m, v, steps, smooth, keep, seed, states, half_life, hits,
+    items, users, times, num_items, capacity, horizon, sample, rate, w, m, v, steps, smooth, seed, states, half_life, hits,
     shadow, leader, outlook,
 ):  # fmt: skip
     """One pass over a trace. states: the classic policies beside it, used only where `hits` is not empty."""
@@ -237,7 +235,7 @@ def _play(
             size += 1
         elif not hit:
             _features(x, i, t, now, row, counts, counted, last_user, user)
-            longest, victim = _predict(x, smooth, h) + keep, i
+            longest, victim = _predict(x, smooth, h), i
             for s in range(min(sample, capacity)):
                 c = own[s] if capacity <= sample else own[np.random.randint(capacity)]
                 _features(x, c, t, now, row, counts, counted, last_user, user)
@@ -326,18 +324,18 @@ def play(
 
     network: one to go on with (changed in place); by default a new one, which goes through the first half of a short trace until
     it has learned from `rehearsed` accesses, before the run that counts. half_life: accesses over which hit ratios are compared
-    (default: 8 x capacity, 1,024 to 4,096). Raises ValueError for a capacity below 1.
+    (default: 8 x capacity, 512 to 4,096). Raises ValueError for a capacity below 1.
     """
     if capacity < 1:
         raise ValueError(f"capacity is {capacity}: give at least one row")
     accesses, num_items, horizon = len(trace.items), trace.num_items, max(HORIZON * capacity, 1024)
-    half_life = half_life or min(max(8 * capacity, 1024), 4096)
+    half_life = half_life or min(max(8 * capacity, 512), 4096)
     names = (*POLICIES, "predicted")
     nothing = np.empty(0, np.bool_)
     states = tuple(new_state(name, num_items, capacity) for name in POLICIES)
 
     def run(part, hits, shadow, leader, outlook):
-        learner = network.weights, network.mean, network.square, network.steps, network.smooth, KEEP
+        learner = network.weights, network.mean, network.square, network.steps, network.smooth
         _play(part.items, part.users, part.times, num_items, capacity, horizon, SAMPLE, LEARNING_RATE, *learner, seed, states,
               half_life, hits, shadow, leader, outlook)  # fmt: skip
 

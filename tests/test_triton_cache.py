@@ -40,8 +40,8 @@ def random_state(generator, slots, dtype, filled):
     if scales is not None:
         slot_scales[slot_of[resident].long()] = scales[resident]
     return hot_cache.CacheState(
-        table, scales, rows, slot_scales, slot_of, id_of, torch.randint(0, 9, (slots,), generator=generator),
-        torch.randint(0, 9, (slots,), generator=generator).int(), torch.zeros(ROWS, dtype=torch.int64),
+        table, scales, rows, slot_scales, slot_of, id_of, torch.randperm(slots, generator=generator),
+        50 * torch.randperm(slots, generator=generator).int(), torch.zeros(ROWS, dtype=torch.int64),
         torch.rand(ROWS, generator=generator), spare, torch.tensor([0, 0, filled]),
     )  # fmt: skip
 
@@ -72,16 +72,16 @@ def step(kernels, state, ids, copy_out, clock, device, choice):
 @settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 10**6), count=st.integers(0, 30), copy_out=st.booleans(), filled=st.sampled_from([17, 20]),
-    by=st.integers(0, 2), hand=st.integers(0, 19), in_use=st.integers(2, 10),
+    by=st.integers(0, 2), hand=st.integers(0, 19), in_use=st.integers(2, 100),
 )  # fmt: skip
 def test_a_step_does_what_the_definition_says(dtype, device, seed, count, copy_out, filled, by, hand, in_use):
     generator = torch.Generator().manual_seed(seed)
     state = random_state(generator, 20, dtype, filled)
     ids = torch.randint(0, ROWS, (count,), generator=generator)
     ours = moved(copy.deepcopy(state), device)
-    choice = by, 10, hand, in_use
-    wanted = step(hot_cache, state, ids, copy_out, 10, "cpu", choice)
-    got = step(triton_cache, ours, ids.to(device), copy_out, 10, device, choice)
+    choice = by, 100, hand, in_use
+    wanted = step(hot_cache, state, ids, copy_out, 100, "cpu", choice)
+    got = step(triton_cache, ours, ids.to(device), copy_out, 100, device, choice)
     assert got[2] == wanted[2]
     for ours_out, wanted_out in zip(got[:2], wanted[:2]):
         assert (ours_out is None and wanted_out is None) or torch.equal(ours_out.cpu(), wanted_out)
@@ -95,7 +95,7 @@ def test_a_step_does_what_the_definition_says(dtype, device, seed, count, copy_o
     assert torch.equal(ours.slots.cpu()[slot_of[resident]], state.table[resident])
     if dtype == torch.int8:
         assert torch.equal(ours.slot_scales.cpu()[slot_of[resident]], state.table_scales[resident])
-    assert torch.equal(ours.spare.cpu() >= 0, state.spare >= 0)
+    assert torch.equal(ours.spare.cpu(), state.spare), "other victims"
 
 
 @pytest.mark.parametrize("device", [here])

@@ -63,7 +63,7 @@ def gap_bars(traces: Mapping[str, Sequence[Mapping]], source: str = "") -> Figur
             axes.annotate(
                 f"{cell['closed']:+.0%}", (x, cell["belady"]), (0, 4), textcoords="offset points", ha="center", fontsize=8
             )
-        axes.set_xticks(place, [f"{name.replace(' ', chr(10), 1)}\n{cell['share']:.0%}" for name, cell in cells], fontsize=8)
+        axes.set_xticks(place, [f"{name.replace(' ', chr(10))}\n{cell['share']:.0%}" for name, cell in cells], fontsize=8)
         axes.grid(axis="x", visible=False)
         axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
         axes.set(title="Hits in the second half; above: share of the distance to Belady closed", ylim=(0, 1))
