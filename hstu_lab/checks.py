@@ -401,6 +401,30 @@ def _users_that_fit(answer):
     expect(answer(16384, 33, **tiny) == 0, "two blocks in all: none fits")
 
 
+# 10_gpu_hot_cache
+
+
+@register("lru-hits")
+def _lru_hits(answer):
+    expect(answer([1, 2, 1, 2], 2) == [False, False, True, True], "both rows fit: the second time they hit")
+    expect(answer([1, 2, 3, 1], 2) == [False] * 4, "row 1 was the least recent when 3 came: it is gone")
+    expect(answer([1, 2, 1, 3, 1], 2) == [False, False, True, False, True], "a hit makes a row the most recent: 2 goes, not 1")
+    expect(answer([5, 5], 1) == [False, True], "the slot still holds row 5")
+    expect(answer([5, 6, 5], 1) == [False] * 3, "one slot holds the last row only")
+    expect(answer([], 3) == [], "no access, no hit")
+    ids = [1, 2]
+    answer(ids, 1)
+    expect(ids == [1, 2], "the trace you were given was changed")
+
+
+@register("hidden-hit-ratio")
+def _hidden_hit_ratio(answer):
+    expect_close(answer(1000, 2000, 1e9, 0.5e-3), 0.75, "in half a millisecond 1 GB/s moves 500 kB: 250 of the 1,000 rows")
+    expect_close(answer(1000, 2000, 1e9, 0.0), 1.0, "no time to hide in: every row must hit")
+    expect_close(answer(1000, 2000, 1e9, 1.0), 0.0, "all rows fit in that time: no hit is needed, and none below zero")
+    expect_close(answer(16_384, 2048, 50e9, 0.3e-3), 1 - 15e6 / (16_384 * 2048), "15 MB of 33.6 MB travel in 0.3 ms")
+
+
 # 11_unified_pipeline
 
 

@@ -4,6 +4,18 @@ Milliseconds everywhere. A stage has the same colour in every figure (Okabe and 
 """
 
 from hstu_lab.widgets.base import EDGE, STAGE_COLOURS, STYLE, Explorer, Figure, format_bytes, source_line, stage_colours
+from hstu_lab.widgets.cache import (
+    POLICY_COLOURS,
+    cache_dashboard,
+    cache_explorer,
+    cost_bars,
+    gap_bars,
+    hit_ratio_lines,
+    lookup_milliseconds,
+    over_time,
+    trace_explorer,
+    trace_map,
+)
 from hstu_lab.widgets.engines import (
     EDGE_SETS,
     build_phases,
