@@ -81,10 +81,10 @@ def time_bias_of(seconds, lut, PLAIN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["batch", "positions", "buckets", "origin", "table_len", "max_tiles", "max_tiles_k"])
 def prepare_kernel(
-    Position, TimeBias, Times, Offsets, NumCandidates, PositionTable, Steps, Lut, Relative, FastTiles, Lowest, Cells,
-    batch, position_head, time_head, positions, buckets, origin, table_len, max_tiles, max_tiles_k, scale,
+    Position, TimeBias, Times, Offsets, NumCandidates, PositionTable, Steps, Lut, Relative, FastTiles, Lowest, Bounds, Thresholds,
+    Cells, batch, position_head, time_head, positions, buckets, origin, table_len, max_tiles, max_tiles_k, scale,
     HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, HAS_CANDIDATES: tl.constexpr, LADDER: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, TABLE_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BISECT: tl.constexpr, CHUNK: tl.constexpr, TABLE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What `attention_kernel` wants of the bias, for all heads and tiles.
 
@@ -140,24 +140,113 @@ def prepare_kernel(
                 k_time = tl.load(Times + start + least(columns, length - 1)) - first_time
                 k_least = tl.reduce(k_time, 1, least).to(tl.int32)
                 k_most = tl.reduce(k_time, 1, most).to(tl.int32)
-                in_order = q_least >= k_most
+                inner = tl.arange(0, BLOCK_N)[None, :] < BLOCK_N - 1
+                k_next = tl.load(Times + start + least(columns + 1, length - 1)) - first_time
+                rising = tl.reduce(tl.where(inner, k_next - k_time, 0), 1, least) >= 0
+                in_order = (q_least >= k_most) & rising
                 lowest = bucket_of(tl.where(in_order, q_least - k_most, 0), Cells)
                 highest = bucket_of(tl.where(in_order, q_most - k_least, 0), Cells)
-                slow = (q_least < k_most) | (highest - lowest > LADDER)
+                slow = (in_order == 0) | (highest - lowest > LADDER)
                 fast = least(fast, tl.reduce(tl.where(slow, least(tiles, full_tiles), full_tiles), 0, least))
                 where = Lowest + (b * max_tiles + tile) * max_tiles_k + tiles
                 tl.store(where, lowest + ((highest - lowest) << 8), mask=tiles < full_tiles)
+                # Keys of a tile come in order of time: where a row's bucket falls is a column, found by bisection.
+                wanted = (tiles < full_tiles) & (slow == 0) & (highest > lowest)
+                bounds = Bounds + ((b * max_tiles + tile) * max_tiles_k + tiles[None, :]) * (LADDER * BLOCK_M)
+                for step in tl.static_range(1, LADDER + 1):
+                    threshold = tl.load(Thresholds + lowest + step)
+                    latest = q_time[:, None] - threshold[None, :]
+                    passed = tl.full((BLOCK_M, CHUNK), 0, tl.int32)
+                    base = Times + start + tiles[None, :] * BLOCK_N
+                    for halving in tl.static_range(0, BISECT):
+                        stride: tl.constexpr = BLOCK_N >> (halving + 1)
+                        k_at = tl.load(base + passed + (stride - 1), mask=wanted[None, :], other=0) - first_time
+                        passed += tl.where(k_at <= latest, stride, 0)
+                    k_at = tl.load(base + passed, mask=wanted[None, :], other=0) - first_time
+                    passed += tl.where(k_at <= latest, 1, 0)
+                    to = bounds + (step - 1) * BLOCK_M + (rows - m0)[:, None]
+                    tl.store(to, passed.to(tl.uint8), mask=wanted[None, :])
             tl.store(FastTiles + b * max_tiles + tile, fast)
+
+
+@triton.jit
+def passed_by(bound, low, high, PLAIN: tl.constexpr):
+    """1 where bound > low + high, else 0."""
+    x = bound[:, None] - low[None, :]
+    if PLAIN:
+        return least(most(x - high[None, :], 0.0), 1.0)
+    else:
+        high = tl.broadcast_to(high[None, :], x.shape)
+        return tl.inline_asm_elementwise("sub.sat.f32 $0, $1, $2;", "=f,f,f", [x, high], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def position_pairs(p_rows, p_shift, p_columns, n0, PLAIN: tl.constexpr):
+    return position_bias_of((p_rows + n0 // 2)[:, None] + (p_columns[None, :] - p_shift[:, None]), PLAIN)
+
+
+@triton.jit
+def key_scores(
+    q, KTiles, k_tile, start, n0, head, k_row, dims, p_rows, p_shift, p_columns, D: tl.constexpr, D_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INIT: tl.constexpr, TMA: tl.constexpr, PLAIN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """q K^T (BLOCK_M, BLOCK_N) on top of the position bias."""
+    scores = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    if INIT:
+        scores = position_pairs(p_rows, p_shift, p_columns, n0, PLAIN)
+    if TMA:
+        k = KTiles.load([(start + n0).to(tl.int32), head * D]).T
+    else:
+        if D_PAD == D:
+            k = tl.load(k_tile + (start + n0) * k_row)
+        else:
+            k = tl.load(k_tile + (start + n0) * k_row, mask=dims[:, None] < D, other=0.0)
+    return tl.dot(q, k, scores, input_precision=PRECISION)
+
+
+@triton.jit
+def add_values(
+    weights, acc, VTiles, v_tile, start, n0, head, v_row, value_dims, DV: tl.constexpr, DV_PAD: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    if TMA:
+        v = VTiles.load([(start + n0).to(tl.int32), head * DV])
+    else:
+        if DV_PAD == DV:
+            v = tl.load(v_tile + (start + n0) * v_row)
+        else:
+            v = tl.load(v_tile + (start + n0) * v_row, mask=value_dims[None, :] < DV, other=0.0)
+    return tl.dot(weights, v, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def with_time(
+    half, lowest, steps, bounds, tile_k, local, low, high, half_scale, BLOCK_M: tl.constexpr, LADDER: tl.constexpr,
+    PLAIN: tl.constexpr,
+):  # fmt: skip
+    """half + half the time bias: one number, and for each bucket boundary in the tile a step at each row's own column."""
+    crossed = tl.load(lowest + tile_k)
+    bucket = crossed & 255
+    crossed = crossed >> 8
+    value = tl.load(steps + bucket) * half_scale
+    half = half + value
+    for number in tl.static_range(1, LADDER + 1):
+        if crossed >= number:
+            change = (tl.load(steps + bucket + number) - tl.load(steps + bucket + number - 1)) * half_scale
+            bound = tl.load(bounds + (tile_k * LADDER + (number - 1)) * BLOCK_M + local).to(tl.float32)
+            half += change * passed_by(bound, low, high, PLAIN)
+    return half
 
 
 @triton.jit(do_not_specialize=["pairs", "heads", "max_tiles", "max_tiles_k", "origin", "table_len"])
 def attention_kernel(
-    Q, K, V, KTiles, VTiles, Out, Offsets, NumCandidates, Relative, FastTiles, Lowest, PositionTable, Steps, Lut, Thresholds,
+    Q, K, V, KTiles, VTiles, Out, Offsets, NumCandidates, Relative, FastTiles, Lowest, Bounds, PositionTable, Steps, Lut,
     q_row, q_head, k_row, k_head, v_row, v_head, pairs, heads, max_tiles, max_tiles_k, origin, table_len, half_scale, out_scale,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr, GROUP: tl.constexpr, NUM_CONTEXT: tl.constexpr, HAS_CANDIDATES: tl.constexpr,
     HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    PLAIN: tl.constexpr, LADDER: tl.constexpr,
+    PLAIN: tl.constexpr, LADDER: tl.constexpr, POS: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M queries of one (sequence, head) against all keys it may see, in tiles of BLOCK_N."""
     # Programs start in order of their number: the heaviest tiles first, in groups of heads whose keys fit in L2 together.
@@ -177,7 +266,8 @@ def attention_kernel(
         if HAS_CANDIDATES:
             history = length - tl.load(NumCandidates + b).to(tl.int32)
         start = start.to(tl.int64)
-        rows = m0 + tl.arange(0, BLOCK_M)
+        local = tl.arange(0, BLOCK_M)
+        rows = m0 + local
         position = least(rows, history)
         dims, value_dims = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
         columns = tl.arange(0, BLOCK_N)
@@ -190,65 +280,95 @@ def attention_kernel(
             row_tile = b * max_tiles + tile
             fast_end = tl.load(FastTiles + row_tile) * BLOCK_N
             lowest = Lowest + row_tile * max_tiles_k
-            q_time = tl.load(Relative + start + rows, mask=rows < length, other=0)
+            bounds = Bounds + row_tile.to(tl.int64) * (max_tiles_k * LADDER * BLOCK_M)
+        else:
+            lowest = Offsets
+            bounds = Offsets
         key_end = least(history, m0 + BLOCK_M)
         if NUM_CONTEXT > 1:
             key_end = most(key_end, least(history, NUM_CONTEXT))
 
         if HAS_POSITION:
             # Pointer arithmetic in 64 bits, so that the compiler turns columns into immediate offsets of the loads.
-            odd = position & 1
-            p_rows = PositionTable.to(tl.pointer_type(tl.int64), bitcast=True) + head * table_len
-            p_rows += ((odd * (table_len + 1) + origin - position) // 2).to(tl.int64)
+            table = PositionTable.to(tl.pointer_type(tl.int64), bitcast=True) + head * table_len
+            p_shift = tl.full((BLOCK_M,), 0, tl.int64)
+            from_row = position
+            if not HAS_CANDIDATES:
+                # Rows 8 apart want the same pairs, 4 later: said so, the compiler loads them once.
+                upper = local & 8
+                from_row = m0 + (local - upper)
+                p_shift = (upper // 2).to(tl.int64)
+            odd = from_row & 1
+            p_rows = table + ((odd * (table_len + 1) + origin - from_row) // 2).to(tl.int64)
             p_columns = tl.arange(0, BLOCK_N // 2).to(tl.int64)
+        else:
+            p_rows = rows
+            p_shift = rows
+            p_columns = columns
         if HAS_TIME:
             steps = Steps + head * 256
             lut = Lut + head * (CELLS * 4)
+        else:
+            steps = Offsets
+        k_tile = K
+        v_tile = V
         if not TMA:
             k_tile = K + head * k_head + (columns[None, :] * k_row + dims[:, None])
             v_tile = V + head * v_head + (columns[:, None] * v_row + value_dims[None, :])
         acc = tl.full((BLOCK_M, DV_PAD), 0.0, tl.float32)
 
         # Tiles that every query of this tile sees whole.
-        if HAS_TIME:
-            next_low = tl.load(lowest)
-        for n0 in range(0, fast_end, BLOCK_N):
-            scores = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
-            if HAS_POSITION:
-                scores = position_bias_of((p_rows + n0 // 2)[:, None] + p_columns[None, :], PLAIN)
-            if HAS_TIME:
-                k_time = tl.load(Relative + start + n0 + columns)
-                low = next_low
-                next_low = tl.load(lowest + least(n0 // BLOCK_N + 1, max_tiles_k - 1))
-                # Nearly half of the tiles lie in one bucket: they add one number.
-                crossed = low >> 8
-                low = low & 255
-                base = tl.load(steps + low)
-                if crossed == 0:
-                    scores += base
-                else:
-                    bias = base
-                    for step in tl.static_range(1, LADDER + 1):
-                        reached = (q_time - tl.load(Thresholds + low + step))[:, None] >= k_time[None, :]
-                        bias = tl.where(reached, tl.load(steps + low + step), bias)
-                    scores += bias
-            if TMA:
-                k = KTiles.load([(start + n0).to(tl.int32), head * D]).T
-            else:
-                if D_PAD == D:
-                    k = tl.load(k_tile + (start + n0) * k_row)
-                else:
-                    k = tl.load(k_tile + (start + n0) * k_row, mask=dims[:, None] < D, other=0.0)
-            half = tl.dot(q, k, scores, input_precision=PRECISION) * half_scale
-            weights = silu_of_half(half, EXACT).to(q.dtype)
-            if TMA:
-                v = VTiles.load([(start + n0).to(tl.int32), head * DV])
-            else:
-                if DV_PAD == DV:
-                    v = tl.load(v_tile + (start + n0) * v_row)
-                else:
-                    v = tl.load(v_tile + (start + n0) * v_row, mask=value_dims[None, :] < DV, other=0.0)
-            acc = tl.dot(weights, v, acc, input_precision=PRECISION)
+        high = (columns & ~7).to(tl.float32)
+        low = (columns & 7).to(tl.float32)
+        if PIPE:
+            if fast_end > 0:
+                scores = key_scores(
+                    q, KTiles, k_tile, start, 0, head, k_row, dims, p_rows, p_shift, p_columns, D, D_PAD, BLOCK_M, BLOCK_N, HAS_POSITION,
+                    TMA, PLAIN, PRECISION,
+                )
+                for n0 in range(0, fast_end - BLOCK_N, BLOCK_N):
+                    coming = key_scores(
+                        q, KTiles, k_tile, start, n0 + BLOCK_N, head, k_row, dims, p_rows, p_shift, p_columns, D, D_PAD, BLOCK_M, BLOCK_N,
+                        HAS_POSITION, TMA, PLAIN, PRECISION,
+                    )
+                    half = scores * half_scale
+                    if HAS_TIME:
+                        half = with_time(
+                            half, lowest, steps, bounds, n0 // BLOCK_N, local, low, high, half_scale, BLOCK_M, LADDER, PLAIN
+                        )
+                    weights = silu_of_half(half, EXACT).to(q.dtype)
+                    acc = add_values(
+                        weights, acc, VTiles, v_tile, start, n0, head, v_row, value_dims, DV, DV_PAD, TMA, PRECISION
+                    )
+                    scores = coming
+                half = scores * half_scale
+                if HAS_TIME:
+                    half = with_time(
+                        half, lowest, steps, bounds, fast_end // BLOCK_N - 1, local, low, high, half_scale, BLOCK_M, LADDER, PLAIN
+                    )
+                weights = silu_of_half(half, EXACT).to(q.dtype)
+                acc = add_values(
+                    weights, acc, VTiles, v_tile, start, fast_end - BLOCK_N, head, v_row, value_dims, DV, DV_PAD, TMA, PRECISION
+                )
+        else:
+            for n0 in range(0, fast_end, BLOCK_N):
+                if HAS_POSITION and POS == 1:
+                    on_top = position_pairs(p_rows, p_shift, p_columns, n0, PLAIN)
+                scores = key_scores(
+                    q, KTiles, k_tile, start, n0, head, k_row, dims, p_rows, p_shift, p_columns, D, D_PAD, BLOCK_M, BLOCK_N,
+                    HAS_POSITION and POS == 0, TMA, PLAIN, PRECISION,
+                )
+                if HAS_POSITION and POS == 1:
+                    scores += on_top
+                if HAS_POSITION and POS == 2:
+                    scores += position_pairs(p_rows, p_shift, p_columns, n0, PLAIN)
+                half = scores * half_scale
+                if HAS_TIME:
+                    half = with_time(
+                        half, lowest, steps, bounds, n0 // BLOCK_N, local, low, high, half_scale, BLOCK_M, LADDER, PLAIN
+                    )
+                weights = silu_of_half(half, EXACT).to(q.dtype)
+                acc = add_values(weights, acc, VTiles, v_tile, start, n0, head, v_row, value_dims, DV, DV_PAD, TMA, PRECISION)
 
         # Tiles on the diagonal, at the end of the history, or (with a time bias) across many buckets.
         last_key = least(position, history - 1)
@@ -256,11 +376,13 @@ def attention_kernel(
         p_near = tl.arange(0, BLOCK_S // 2).to(tl.int64)
         k_tile = K + head * k_head + (near[None, :] * k_row + dims[:, None])
         v_tile = V + head * v_head + (near[:, None] * v_row + value_dims[None, :])
+        if HAS_TIME:
+            q_time = tl.load(Relative + start + rows, mask=rows < length, other=0)
         for n0 in range(fast_end, key_end, BLOCK_S):
             keys = n0 + near
             scores = tl.full((BLOCK_M, BLOCK_S), 0.0, tl.float32)
             if HAS_POSITION:
-                scores = position_bias_of((p_rows + n0 // 2)[:, None] + p_near[None, :], PLAIN)
+                scores = position_pairs(p_rows, p_shift, p_near, n0, PLAIN)
             if HAS_TIME:
                 k_time = tl.load(Relative + start + keys, mask=keys < history, other=0)
                 scores += time_bias_of(tl.abs(q_time[:, None] - k_time[None, :]), lut, PLAIN)
@@ -316,6 +438,8 @@ class Tiles:
     ladder: int = LADDER
     exact: bool = False
     tma: bool = True
+    pos: int = 0
+    pipe: bool = False
 
 
 def default_tiles(dtype: torch.dtype, d: int, max_len: int, pairs: int, bias: RelativeBias | None, capability: int = 90) -> Tiles:
@@ -383,6 +507,7 @@ class Plan:
     relative: Tensor | None = None
     fast_tiles: Tensor | None = None
     lowest: Tensor | None = None
+    bounds: Tensor | None = None
     thresholds: Tensor | None = None
     cells: Tensor | None = None
 
@@ -392,7 +517,8 @@ class Plan:
         return {
             "Position": position, "TimeBias": time, "Times": times, "Offsets": offsets, "NumCandidates": num_candidates,
             "PositionTable": self.position_table, "Steps": self.steps, "Lut": self.lut, "Relative": self.relative,
-            "FastTiles": self.fast_tiles, "Lowest": self.lowest, "Cells": self.cells, "batch": offsets.shape[0] - 1,
+            "FastTiles": self.fast_tiles, "Lowest": self.lowest, "Bounds": self.bounds, "Thresholds": self.thresholds,
+            "Cells": self.cells, "batch": offsets.shape[0] - 1,
             "position_head": 0 if position is None else position.stride(0), "time_head": 0 if time is None else time.stride(0),
             "positions": 0 if position is None else position.shape[1], "buckets": 0 if time is None else time.shape[1],
             "origin": self.origin, "table_len": self.table_len, "max_tiles": self.max_tiles, "max_tiles_k": self.max_tiles_k,
@@ -402,8 +528,8 @@ class Plan:
     def attention_arguments(self):
         """Those run-time arguments of `attention_kernel` that come from the plan, by name."""
         return {
-            "Relative": self.relative, "FastTiles": self.fast_tiles, "Lowest": self.lowest, "PositionTable": self.position_table,
-            "Steps": self.steps, "Lut": self.lut, "Thresholds": self.thresholds, "max_tiles": self.max_tiles,
+            "Relative": self.relative, "FastTiles": self.fast_tiles, "Lowest": self.lowest, "Bounds": self.bounds,
+            "PositionTable": self.position_table, "Steps": self.steps, "Lut": self.lut, "max_tiles": self.max_tiles,
             "max_tiles_k": self.max_tiles_k, "origin": self.origin, "table_len": self.table_len,
         }  # fmt: skip
 
@@ -421,7 +547,7 @@ def plan(
 ) -> Plan:
     """Sizes and empty tables for `total` rows of `batch` sequences, none longer than `max_len`."""
     max_tiles, max_tiles_k = triton.cdiv(max_len, tiles.block_m), triton.cdiv(max_len, tiles.block_n)
-    origin = max_len + max_len % 2
+    origin = max_tiles * tiles.block_m  # no row of any tile lies beyond
     beyond = max(tiles.block_m, num_context) + max(tiles.block_n, tiles.block_s)
     table_len = origin + beyond + beyond % 2 + 2
     new = functools.partial(torch.empty, device=device, dtype=torch.int32)
@@ -432,7 +558,8 @@ def plan(
         thresholds, cells = bucket_tables(bias.time.shape[1], device)
         tables |= {
             "steps": new(heads, 256, dtype=torch.float32), "lut": new(heads, CELLS.value, 4), "relative": new(total),
-            "fast_tiles": new(batch, max_tiles), "lowest": new(batch, max_tiles, max_tiles_k), "thresholds": thresholds,
+            "fast_tiles": new(batch, max_tiles), "lowest": new(batch, max_tiles, max_tiles_k),
+            "bounds": new(batch, max_tiles, max_tiles_k, tiles.ladder, tiles.block_m, dtype=torch.uint8), "thresholds": thresholds,
             "cells": cells,
         }  # fmt: skip
     return Plan(max_tiles, max_tiles_k, origin, table_len, **tables)
@@ -471,7 +598,7 @@ def attention_jagged(
     if has_position or has_time:
         prepare_kernel[(shared.max_tiles, batch + heads)](
             **shared.prepare_arguments(bias, times.long() if has_time else None, offsets, num_candidates, d), **flags,
-            LADDER=tiles.ladder, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, CHUNK=4 if interpreted() else 16, TABLE_BLOCK=512,
+            LADDER=tiles.ladder, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BISECT=tiles.block_n.bit_length() - 1, CHUNK=4 if interpreted() else 16, TABLE_BLOCK=512,
         )  # fmt: skip
     d_pad, dv_pad = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv))
     tma = tiles.tma and d == d_pad and dv == dv_pad and k.stride(1) == d and v.stride(1) == dv and use_tma(k, v)
@@ -486,7 +613,7 @@ def attention_jagged(
         v_row=v.stride(0), v_head=v.stride(1), pairs=batch * heads, heads=heads, half_scale=0.5 * d**-0.5, out_scale=1 / divisor,
         D=d, DV=dv, D_PAD=d_pad, DV_PAD=dv_pad, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_S=tiles.block_s,
         GROUP=tiles.group, NUM_CONTEXT=num_context, **flags, EXACT=full or tiles.exact or interpreted(), TMA=tma,
-        PLAIN=interpreted(),
+        PLAIN=interpreted(), POS=tiles.pos, PIPE=tiles.pipe,
         PRECISION="ieee" if full else "tf32", LADDER=tiles.ladder, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         **({} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg}),
     )  # fmt: skip

@@ -77,18 +77,19 @@ _TYPES = {
     **dict.fromkeys(("Offsets", "NumCandidates", "Times", "Cells", "Ids", "BlockTable", "QueryOffsets", "SeqLens"), _LONG),
     **dict.fromkeys(("QueryTimes", "SlotTimes"), _LONG),
     **dict.fromkeys(("Relative", "FastTiles", "Lowest", "Lut", "Thresholds"), _INT),
+    "Bounds": "*u8",
     **dict.fromkeys(("half_scale", "out_scale", "scale", "eps", "fill"), "fp32"),
 }
 _ALIGNED = ("x_row", "gate_row", "width", "columns", "depth", "residual_row", "size")
 
 
 def _attention(d: int, bias: bool, tma: bool, tiles) -> dict:
-    absent = () if bias else ("Relative", "FastTiles", "Lowest", "PositionTable", "Steps", "Lut", "Thresholds")
+    absent = () if bias else ("Relative", "FastTiles", "Lowest", "Bounds", "PositionTable", "Steps", "Lut")
     return {
         **dict.fromkeys(("NumCandidates", *absent, *(() if tma else ("KTiles", "VTiles")))),
         "D": d, "DV": d, "D_PAD": d, "DV_PAD": d, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_S": tiles.block_s,
         "GROUP": tiles.group, "NUM_CONTEXT": 1, "HAS_CANDIDATES": False, "HAS_POSITION": bias, "HAS_TIME": bias, "EXACT": False,
-        "TMA": tma, "PRECISION": "tf32", "PLAIN": False, "LADDER": tiles.ladder,
+        "TMA": tma, "PRECISION": "tf32", "PLAIN": False, "LADDER": tiles.ladder, "POS": tiles.pos, "PIPE": tiles.pipe,
     }  # fmt: skip
 
 
@@ -109,7 +110,7 @@ def _specification(name: str, capability: int, d: int) -> tuple[object, dict, in
         tiles = attention.default_tiles(torch.bfloat16, d, 4096, 128, RelativeBias(table, table), capability)
         arguments = {
             "HAS_POSITION": True, "HAS_TIME": True, "HAS_CANDIDATES": False, "LADDER": tiles.ladder, "BLOCK_M": tiles.block_m,
-            "BLOCK_N": tiles.block_n, "CHUNK": 16, "TABLE_BLOCK": 512, "NumCandidates": None,
+            "BLOCK_N": tiles.block_n, "BISECT": tiles.block_n.bit_length() - 1, "CHUNK": 16, "TABLE_BLOCK": 512, "NumCandidates": None,
         }  # fmt: skip
         return attention.prepare_kernel, arguments, 4, 3, {}, None
     if name in ("decode", "extend"):
