@@ -107,13 +107,13 @@ def prepare_kernel(
         if HAS_TIME:  # noqa: SIM102 - a compile-time and a run-time condition
             if tile == 0:
                 step = tl.arange(0, 256)
-                value = scale * tl.load(TimeBias + head * time_head + least(step, buckets - 1)).to(tl.float32)
+                value = 0.5 * tl.load(TimeBias + head * time_head + least(step, buckets - 1)).to(tl.float32)
                 tl.store(Steps + head * 256 + step, value)
                 cell = tl.arange(0, 1024)
                 entry = tl.load(Cells + least(cell, CELLS - 1))
                 bucket = (entry >> 32).to(tl.int32)
-                below = scale * tl.load(TimeBias + head * time_head + bucket).to(tl.float32)
-                above = scale * tl.load(TimeBias + head * time_head + least(bucket + 1, buckets - 1)).to(tl.float32)
+                below = 0.5 * tl.load(TimeBias + head * time_head + bucket).to(tl.float32)
+                above = 0.5 * tl.load(TimeBias + head * time_head + least(bucket + 1, buckets - 1)).to(tl.float32)
                 lut = Lut + (head * CELLS + cell) * 4
                 tl.store(lut, entry.to(tl.int32), mask=cell < CELLS)
                 tl.store(lut + 1, below.to(tl.int32, bitcast=True), mask=cell < CELLS)
@@ -150,22 +150,25 @@ def prepare_kernel(
                 fast = least(fast, tl.reduce(tl.where(slow, least(tiles, full_tiles), full_tiles), 0, least))
                 where = Lowest + (b * max_tiles + tile) * max_tiles_k + tiles
                 tl.store(where, lowest + ((highest - lowest) << 8), mask=tiles < full_tiles)
-                # Keys of a tile come in order of time: where a row's bucket falls is a column, found by bisection.
-                wanted = (tiles < full_tiles) & (slow == 0) & (highest > lowest)
-                bounds = Bounds + ((b * max_tiles + tile) * max_tiles_k + tiles[None, :]) * (LADDER * BLOCK_M)
-                for step in tl.static_range(1, LADDER + 1):
-                    threshold = tl.load(Thresholds + lowest + step)
-                    latest = q_time[:, None] - threshold[None, :]
-                    passed = tl.full((BLOCK_M, CHUNK), 0, tl.int32)
-                    base = Times + start + tiles[None, :] * BLOCK_N
-                    for halving in tl.static_range(0, BISECT):
-                        stride: tl.constexpr = BLOCK_N >> (halving + 1)
-                        k_at = tl.load(base + passed + (stride - 1), mask=wanted[None, :], other=0) - first_time
-                        passed += tl.where(k_at <= latest, stride, 0)
-                    k_at = tl.load(base + passed, mask=wanted[None, :], other=0) - first_time
-                    passed += tl.where(k_at <= latest, 1, 0)
-                    to = bounds + (step - 1) * BLOCK_M + (rows - m0)[:, None]
-                    tl.store(to, passed.to(tl.uint8), mask=wanted[None, :])
+                # The keys of a tile come in order of time: where a row's bucket changes is a column, found by bisection.
+                crossed = tl.where((tiles < full_tiles) & (slow == 0), highest - lowest, 0)
+                busiest = tl.reduce(crossed, 0, most)
+                if busiest > 0:
+                    word = tl.full((CHUNK, BLOCK_M), 0, Bounds.dtype.element_ty)
+                    base = Times + start + tiles[:, None] * BLOCK_N
+                    for number in tl.static_range(0, LADDER):
+                        if busiest > number:
+                            inside = (crossed > number)[:, None]
+                            latest = q_time[None, :] - tl.load(Thresholds + lowest + number + 1)[:, None]
+                            passed = tl.full((CHUNK, BLOCK_M), 0, tl.int32)
+                            for halving in tl.static_range(1, BISECT + 1):
+                                k_at = tl.load(base + passed + ((BLOCK_N >> halving) - 1), mask=inside, other=0) - first_time
+                                passed += tl.where(k_at <= latest, BLOCK_N >> halving, 0)
+                            k_at = tl.load(base + passed, mask=inside, other=0) - first_time
+                            passed += tl.where(k_at <= latest, 1, 0)
+                            word += passed.to(Bounds.dtype.element_ty) << (8 * number)
+                    to = Bounds + ((b * max_tiles + tile) * max_tiles_k + tiles[:, None]).to(tl.int64) * BLOCK_M
+                    tl.store(to + tl.arange(0, BLOCK_M)[None, :], word, mask=(crossed > 0)[:, None])
             tl.store(FastTiles + b * max_tiles + tile, fast)
 
 
@@ -221,21 +224,16 @@ def add_values(
 
 
 @triton.jit
-def with_time(
-    half, lowest, steps, bounds, tile_k, local, low, high, half_scale, BLOCK_M: tl.constexpr, LADDER: tl.constexpr,
-    PLAIN: tl.constexpr,
-):  # fmt: skip
+def with_time(half, crossed, word, value, following, steps, low, high, LADDER: tl.constexpr, PLAIN: tl.constexpr):
     """half + half the time bias: one number, and for each bucket boundary in the tile a step at each row's own column."""
-    crossed = tl.load(lowest + tile_k)
-    bucket = crossed & 255
-    crossed = crossed >> 8
-    value = tl.load(steps + bucket) * half_scale
     half = half + value
-    for number in tl.static_range(1, LADDER + 1):
-        if crossed >= number:
-            change = (tl.load(steps + bucket + number) - tl.load(steps + bucket + number - 1)) * half_scale
-            bound = tl.load(bounds + (tile_k * LADDER + (number - 1)) * BLOCK_M + local).to(tl.float32)
-            half += change * passed_by(bound, low, high, PLAIN)
+    for number in tl.static_range(0, LADDER):
+        if crossed > number:
+            if number > 0:
+                value = tl.load(steps + number)
+                following = tl.load(steps + number + 1)
+            bound = ((word >> (8 * number)) & 255).to(tl.float32)
+            half += (following - value) * passed_by(bound, low, high, PLAIN)
     return half
 
 
@@ -246,7 +244,7 @@ def attention_kernel(
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr, GROUP: tl.constexpr, NUM_CONTEXT: tl.constexpr, HAS_CANDIDATES: tl.constexpr,
     HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    PLAIN: tl.constexpr, LADDER: tl.constexpr, POS: tl.constexpr, PIPE: tl.constexpr,
+    PLAIN: tl.constexpr, LADDER: tl.constexpr, AFTER: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M queries of one (sequence, head) against all keys it may see, in tiles of BLOCK_N."""
     # Programs start in order of their number: the heaviest tiles first, in groups of heads whose keys fit in L2 together.
@@ -280,7 +278,7 @@ def attention_kernel(
             row_tile = b * max_tiles + tile
             fast_end = tl.load(FastTiles + row_tile) * BLOCK_N
             lowest = Lowest + row_tile * max_tiles_k
-            bounds = Bounds + row_tile.to(tl.int64) * (max_tiles_k * LADDER * BLOCK_M)
+            bounds = Bounds + row_tile.to(tl.int64) * (max_tiles_k * BLOCK_M)
         else:
             lowest = Offsets
             bounds = Offsets
@@ -306,10 +304,7 @@ def attention_kernel(
             p_shift = rows
             p_columns = columns
         if HAS_TIME:
-            steps = Steps + head * 256
             lut = Lut + head * (CELLS * 4)
-        else:
-            steps = Offsets
         k_tile = K
         v_tile = V
         if not TMA:
@@ -318,57 +313,27 @@ def attention_kernel(
         acc = tl.full((BLOCK_M, DV_PAD), 0.0, tl.float32)
 
         # Tiles that every query of this tile sees whole.
-        high = (columns & ~7).to(tl.float32)
-        low = (columns & 7).to(tl.float32)
-        if PIPE:
-            if fast_end > 0:
-                scores = key_scores(
-                    q, KTiles, k_tile, start, 0, head, k_row, dims, p_rows, p_shift, p_columns, D, D_PAD, BLOCK_M, BLOCK_N, HAS_POSITION,
-                    TMA, PLAIN, PRECISION,
-                )
-                for n0 in range(0, fast_end - BLOCK_N, BLOCK_N):
-                    coming = key_scores(
-                        q, KTiles, k_tile, start, n0 + BLOCK_N, head, k_row, dims, p_rows, p_shift, p_columns, D, D_PAD, BLOCK_M, BLOCK_N,
-                        HAS_POSITION, TMA, PLAIN, PRECISION,
-                    )
-                    half = scores * half_scale
-                    if HAS_TIME:
-                        half = with_time(
-                            half, lowest, steps, bounds, n0 // BLOCK_N, local, low, high, half_scale, BLOCK_M, LADDER, PLAIN
-                        )
-                    weights = silu_of_half(half, EXACT).to(q.dtype)
-                    acc = add_values(
-                        weights, acc, VTiles, v_tile, start, n0, head, v_row, value_dims, DV, DV_PAD, TMA, PRECISION
-                    )
-                    scores = coming
-                half = scores * half_scale
-                if HAS_TIME:
-                    half = with_time(
-                        half, lowest, steps, bounds, fast_end // BLOCK_N - 1, local, low, high, half_scale, BLOCK_M, LADDER, PLAIN
-                    )
-                weights = silu_of_half(half, EXACT).to(q.dtype)
-                acc = add_values(
-                    weights, acc, VTiles, v_tile, start, fast_end - BLOCK_N, head, v_row, value_dims, DV, DV_PAD, TMA, PRECISION
-                )
-        else:
-            for n0 in range(0, fast_end, BLOCK_N):
-                if HAS_POSITION and POS == 1:
-                    on_top = position_pairs(p_rows, p_shift, p_columns, n0, PLAIN)
-                scores = key_scores(
-                    q, KTiles, k_tile, start, n0, head, k_row, dims, p_rows, p_shift, p_columns, D, D_PAD, BLOCK_M, BLOCK_N,
-                    HAS_POSITION and POS == 0, TMA, PLAIN, PRECISION,
-                )
-                if HAS_POSITION and POS == 1:
-                    scores += on_top
-                if HAS_POSITION and POS == 2:
-                    scores += position_pairs(p_rows, p_shift, p_columns, n0, PLAIN)
-                half = scores * half_scale
-                if HAS_TIME:
-                    half = with_time(
-                        half, lowest, steps, bounds, n0 // BLOCK_N, local, low, high, half_scale, BLOCK_M, LADDER, PLAIN
-                    )
-                weights = silu_of_half(half, EXACT).to(q.dtype)
-                acc = add_values(weights, acc, VTiles, v_tile, start, n0, head, v_row, value_dims, DV, DV_PAD, TMA, PRECISION)
+        eighths = (8 * tl.arange(0, BLOCK_N // 8)).to(tl.float32)
+        high = tl.reshape(tl.broadcast_to(eighths[:, None], (BLOCK_N // 8, 8)), (BLOCK_N,))
+        low = tl.reshape(tl.broadcast_to(tl.arange(0, 8).to(tl.float32)[None, :], (BLOCK_N // 8, 8)), (BLOCK_N,))
+        for n0 in range(0, fast_end, BLOCK_N):
+            if HAS_TIME:
+                crossed = tl.load(lowest + n0 // BLOCK_N)
+                word = tl.load(bounds + n0 // BLOCK_N * BLOCK_M + local)
+                steps = Steps + head * 256 + (crossed & 255)
+                value = tl.load(steps)
+                following = tl.load(steps + 1)
+            scores = key_scores(
+                q, KTiles, k_tile, start, n0, head, k_row, dims, p_rows, p_shift, p_columns, D, D_PAD, BLOCK_M, BLOCK_N,
+                HAS_POSITION and not AFTER, TMA, PLAIN, PRECISION,
+            )
+            half = scores * half_scale
+            if HAS_POSITION and AFTER:
+                half += position_pairs(p_rows, p_shift, p_columns, n0, PLAIN)
+            if HAS_TIME:
+                half = with_time(half, crossed >> 8, word, value, following, steps, low, high, LADDER, PLAIN)
+            weights = silu_of_half(half, EXACT).to(q.dtype)
+            acc = add_values(weights, acc, VTiles, v_tile, start, n0, head, v_row, value_dims, DV, DV_PAD, TMA, PRECISION)
 
         # Tiles on the diagonal, at the end of the history, or (with a time bias) across many buckets.
         last_key = least(position, history - 1)
@@ -381,13 +346,17 @@ def attention_kernel(
         for n0 in range(fast_end, key_end, BLOCK_S):
             keys = n0 + near
             scores = tl.full((BLOCK_M, BLOCK_S), 0.0, tl.float32)
-            if HAS_POSITION:
+            if HAS_POSITION and not AFTER:
                 scores = position_pairs(p_rows, p_shift, p_near, n0, PLAIN)
             if HAS_TIME:
                 k_time = tl.load(Relative + start + keys, mask=keys < history, other=0)
-                scores += time_bias_of(tl.abs(q_time[:, None] - k_time[None, :]), lut, PLAIN)
+                by_time = time_bias_of(tl.abs(q_time[:, None] - k_time[None, :]), lut, PLAIN)
             k = tl.load(k_tile + (start + n0) * k_row, mask=(keys[None, :] < history) & (dims[:, None] < D), other=0.0)
             half = tl.dot(q, k, scores, input_precision=PRECISION) * half_scale
+            if HAS_POSITION and AFTER:
+                half += position_pairs(p_rows, p_shift, p_near, n0, PLAIN)
+            if HAS_TIME:
+                half += by_time
             allowed = keys[None, :] <= last_key[:, None]
             if NUM_CONTEXT > 1:
                 allowed = allowed | ((position[:, None] < NUM_CONTEXT) & (keys[None, :] < least(NUM_CONTEXT, history)))
@@ -408,12 +377,12 @@ def attention_kernel(
                     V + (start + rows[:, None]) * v_row + head * v_head + value_dims[None, :],
                     mask=own[:, None] & (value_dims[None, :] < DV), other=0.0,
                 )  # fmt: skip
-                scores = tl.reduce(q.to(tl.float32) * k_own.to(tl.float32), 1, add)
+                half = tl.reduce(q.to(tl.float32) * k_own.to(tl.float32), 1, add) * half_scale
                 if HAS_POSITION:
-                    scores += tl.load(PositionTable + head * 2 * table_len + origin)
+                    half += tl.load(PositionTable + head * 2 * table_len + origin) * (1.0 if AFTER else half_scale)
                 if HAS_TIME:
-                    scores += tl.load(steps)
-                acc += silu_of_half(scores * half_scale, EXACT)[:, None] * v_own.to(tl.float32)
+                    half += tl.load(Steps + head * 256)
+                acc += silu_of_half(half, EXACT)[:, None] * v_own.to(tl.float32)
 
         o_rows = Out + ((start + rows[:, None]) * heads + head) * DV + value_dims[None, :]
         tl.store(o_rows, (acc * out_scale).to(Out.dtype.element_ty), mask=(rows[:, None] < length) & (value_dims[None, :] < DV))
@@ -438,8 +407,7 @@ class Tiles:
     ladder: int = LADDER
     exact: bool = False
     tma: bool = True
-    pos: int = 0
-    pipe: bool = False
+    after: bool = False
 
 
 def default_tiles(dtype: torch.dtype, d: int, max_len: int, pairs: int, bias: RelativeBias | None, capability: int = 90) -> Tiles:
@@ -510,6 +478,7 @@ class Plan:
     bounds: Tensor | None = None
     thresholds: Tensor | None = None
     cells: Tensor | None = None
+    after: bool = False
 
     def prepare_arguments(self, bias: RelativeBias, times: Tensor | None, offsets: Tensor, num_candidates: Tensor | None, d: int):
         """Run-time arguments of `prepare_kernel` by name."""
@@ -522,7 +491,7 @@ class Plan:
             "position_head": 0 if position is None else position.stride(0), "time_head": 0 if time is None else time.stride(0),
             "positions": 0 if position is None else position.shape[1], "buckets": 0 if time is None else time.shape[1],
             "origin": self.origin, "table_len": self.table_len, "max_tiles": self.max_tiles, "max_tiles_k": self.max_tiles_k,
-            "scale": d**0.5,
+            "scale": 0.5 if self.after else d**0.5,
         }  # fmt: skip
 
     def attention_arguments(self):
@@ -559,10 +528,11 @@ def plan(
         tables |= {
             "steps": new(heads, 256, dtype=torch.float32), "lut": new(heads, CELLS.value, 4), "relative": new(total),
             "fast_tiles": new(batch, max_tiles), "lowest": new(batch, max_tiles, max_tiles_k),
-            "bounds": new(batch, max_tiles, max_tiles_k, tiles.ladder, tiles.block_m, dtype=torch.uint8), "thresholds": thresholds,
+            "bounds": new(batch, max_tiles, max_tiles_k, tiles.block_m, dtype=torch.int32 if tiles.ladder <= 4 else torch.int64),
+            "thresholds": thresholds,
             "cells": cells,
         }  # fmt: skip
-    return Plan(max_tiles, max_tiles_k, origin, table_len, **tables)
+    return Plan(max_tiles, max_tiles_k, origin, table_len, after=tiles.after, **tables)
 
 
 def attention_jagged(
@@ -598,7 +568,7 @@ def attention_jagged(
     if has_position or has_time:
         prepare_kernel[(shared.max_tiles, batch + heads)](
             **shared.prepare_arguments(bias, times.long() if has_time else None, offsets, num_candidates, d), **flags,
-            LADDER=tiles.ladder, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BISECT=tiles.block_n.bit_length() - 1, CHUNK=4 if interpreted() else 16, TABLE_BLOCK=512,
+            LADDER=tiles.ladder, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BISECT=tiles.block_n.bit_length() - 1, CHUNK=4 if interpreted() else max(1, 512 // tiles.block_n), TABLE_BLOCK=512,
         )  # fmt: skip
     d_pad, dv_pad = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv))
     tma = tiles.tma and d == d_pad and dv == dv_pad and k.stride(1) == d and v.stride(1) == dv and use_tma(k, v)
@@ -613,7 +583,7 @@ def attention_jagged(
         v_row=v.stride(0), v_head=v.stride(1), pairs=batch * heads, heads=heads, half_scale=0.5 * d**-0.5, out_scale=1 / divisor,
         D=d, DV=dv, D_PAD=d_pad, DV_PAD=dv_pad, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_S=tiles.block_s,
         GROUP=tiles.group, NUM_CONTEXT=num_context, **flags, EXACT=full or tiles.exact or interpreted(), TMA=tma,
-        PLAIN=interpreted(), POS=tiles.pos, PIPE=tiles.pipe,
+        PLAIN=interpreted(), AFTER=tiles.after,
         PRECISION="ieee" if full else "tf32", LADDER=tiles.ladder, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         **({} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg}),
     )  # fmt: skip

@@ -29,6 +29,7 @@ class PagedTiles:
     num_stages: int = 3
     splits: int = 1
     maxnreg: int | None = None
+    pipe: bool = False
 
 
 @triton.jit
@@ -48,6 +49,62 @@ def paged_bias(
     return bias
 
 
+@triton.jit
+def paged_scores(
+    q, KeyTiles, keys_of_head, table, SlotTimes, Position, TimeBias, Cells, n0, bias_position, q_time, positions, head,
+    position_head, time_head, time_page, k_page, k_slot, k_head, half_scale, D: tl.constexpr, D_PAD: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_N: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores (M, BLOCK_N) of keys from n0 on, in units that half_scale turns into half a score, bias included."""
+    near = tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, D_PAD)
+    keys = n0 + near
+    # A tile within one page is one copy by the tensor memory accelerator; else every key row finds its own page.
+    page = tl.load(table + (n0 if TMA else keys) // PAGE).to(tl.int64)
+    slot = (n0 if TMA else keys) % PAGE
+    if TMA:
+        k = KeyTiles.load([(page * PAGE + slot).to(tl.int32), head * k_head]).T
+    else:
+        k_rows = keys_of_head + (page * k_page + slot * k_slot)[None, :] + dims[:, None]
+        if D_PAD == D:
+            k = tl.load(k_rows)
+        else:
+            k = tl.load(k_rows, mask=dims[:, None] < D, other=0.0)
+    scores = tl.dot(q, k, input_precision=PRECISION)
+    if HAS_POSITION or HAS_TIME:
+        k_time = tl.full((BLOCK_N,), 0, tl.int64)
+        if HAS_TIME:
+            k_time = tl.load(SlotTimes + page * time_page + (slot + near if TMA else slot))
+        bias = paged_bias(
+            Position, TimeBias, Cells, bias_position, keys, q_time, k_time, positions, head, position_head, time_head,
+            HAS_POSITION, HAS_TIME,
+        )  # fmt: skip
+        scores += bias * (1 / half_scale)
+    return scores
+
+
+@triton.jit
+def paged_values(
+    ValueTiles, values_of_head, table, n0, head, v_page, v_slot, v_head, DV: tl.constexpr, DV_PAD: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Values (BLOCK_N, DV_PAD) of keys from n0 on."""
+    keys = n0 + tl.arange(0, BLOCK_N)
+    value_dims = tl.arange(0, DV_PAD)
+    page = tl.load(table + (n0 if TMA else keys) // PAGE).to(tl.int64)
+    slot = (n0 if TMA else keys) % PAGE
+    if TMA:
+        v = ValueTiles.load([(page * PAGE + slot).to(tl.int32), head * v_head])
+    else:
+        v_rows = values_of_head + (page * v_page + slot * v_slot)[:, None] + value_dims[None, :]
+        if DV_PAD == DV:
+            v = tl.load(v_rows)
+        else:
+            v = tl.load(v_rows, mask=value_dims[None, :] < DV, other=0.0)
+    return v
+
+
 @triton.jit(do_not_specialize=["heads", "tiles_m", "splits", "table_row", "positions"])
 def paged_kernel(
     Q, KeyCache, ValueCache, KeyTiles, ValueTiles, Out, BlockTable, QueryOffsets, SeqLens, QueryTimes, SlotTimes, OwnKeys,
@@ -57,6 +114,7 @@ def paged_kernel(
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, NUM_CONTEXT: tl.constexpr, HAS_CANDIDATES: tl.constexpr, HAS_POSITION: tl.constexpr,
     HAS_TIME: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    PIPE: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one (sequence, head) against one part of the cached keys; Out is (splits, total, heads, DV)."""
     head = tl.program_id(0) % heads
@@ -99,38 +157,44 @@ def paged_kernel(
         values_of_head = ValueCache + head * v_head
         acc = tl.full((BLOCK_M, DV_PAD), 0.0, tl.float32)
 
-        # Keys that every query of this tile sees.
-        for n0 in range(first, full_end, BLOCK_N):
-            keys = n0 + near
-            # A tile within one page is one copy by the tensor memory accelerator; else every key row finds its own page.
-            page = tl.load(table + (n0 if TMA else keys) // PAGE).to(tl.int64)
-            slot = (n0 if TMA else keys) % PAGE
-            k_time = tl.full((BLOCK_N,), 0, tl.int64)
-            if HAS_TIME:
-                k_time = tl.load(SlotTimes + page * time_page + (slot + near if TMA else slot))
-            bias = paged_bias(
-                Position, TimeBias, Cells, bias_position, keys, q_time, k_time, positions, head, position_head, time_head,
-                HAS_POSITION, HAS_TIME,
-            )  # fmt: skip
-            if TMA:
-                k = KeyTiles.load([(page * PAGE + slot).to(tl.int32), head * k_head]).T
-            else:
-                k_rows = keys_of_head + (page * k_page + slot * k_slot)[None, :] + dims[:, None]
-                if D_PAD == D:
-                    k = tl.load(k_rows)
-                else:
-                    k = tl.load(k_rows, mask=dims[:, None] < D, other=0.0)
-            half = tl.dot(q, k, input_precision=PRECISION) * half_scale + bias
-            weights = silu_of_half(half, EXACT).to(q.dtype)
-            if TMA:
-                v = ValueTiles.load([(page * PAGE + slot).to(tl.int32), head * v_head])
-            else:
-                v_rows = values_of_head + (page * v_page + slot * v_slot)[:, None] + value_dims[None, :]
-                if DV_PAD == DV:
-                    v = tl.load(v_rows)
-                else:
-                    v = tl.load(v_rows, mask=value_dims[None, :] < DV, other=0.0)
-            acc = tl.dot(weights, v, acc, input_precision=PRECISION)
+        # Keys that every query of this tile sees. The next tile's scores are begun before this one's SiLU (PIPE): the matrix
+        # unit works while the special-function unit does.
+        if PIPE:
+            if full_end > first:
+                half = paged_scores(
+                    q, KeyTiles, keys_of_head, table, SlotTimes, Position, TimeBias, Cells, first, bias_position, q_time, positions,
+                    head, position_head, time_head, time_page, k_page, k_slot, k_head, half_scale, D, D_PAD, PAGE, BLOCK_N,
+                    HAS_POSITION, HAS_TIME, TMA, PRECISION,
+                )  # fmt: skip
+                for n0 in range(first, full_end - BLOCK_N, BLOCK_N):
+                    coming = paged_scores(
+                        q, KeyTiles, keys_of_head, table, SlotTimes, Position, TimeBias, Cells, n0 + BLOCK_N, bias_position, q_time,
+                        positions, head, position_head, time_head, time_page, k_page, k_slot, k_head, half_scale, D, D_PAD, PAGE,
+                        BLOCK_N, HAS_POSITION, HAS_TIME, TMA, PRECISION,
+                    )  # fmt: skip
+                    weights = silu_of_half(half * half_scale, EXACT).to(q.dtype)
+                    v = paged_values(
+                        ValueTiles, values_of_head, table, n0, head, v_page, v_slot, v_head, DV, DV_PAD, PAGE, BLOCK_N, TMA
+                    )
+                    acc = tl.dot(weights, v, acc, input_precision=PRECISION)
+                    half = coming
+                weights = silu_of_half(half * half_scale, EXACT).to(q.dtype)
+                v = paged_values(
+                    ValueTiles, values_of_head, table, full_end - BLOCK_N, head, v_page, v_slot, v_head, DV, DV_PAD, PAGE, BLOCK_N, TMA
+                )
+                acc = tl.dot(weights, v, acc, input_precision=PRECISION)
+        else:
+            for n0 in range(first, full_end, BLOCK_N):
+                half = paged_scores(
+                    q, KeyTiles, keys_of_head, table, SlotTimes, Position, TimeBias, Cells, n0, bias_position, q_time, positions,
+                    head, position_head, time_head, time_page, k_page, k_slot, k_head, half_scale, D, D_PAD, PAGE, BLOCK_N,
+                    HAS_POSITION, HAS_TIME, TMA, PRECISION,
+                )  # fmt: skip
+                weights = silu_of_half(half * half_scale, EXACT).to(q.dtype)
+                v = paged_values(
+                    ValueTiles, values_of_head, table, n0, head, v_page, v_slot, v_head, DV, DV_PAD, PAGE, BLOCK_N, TMA
+                )
+                acc = tl.dot(weights, v, acc, input_precision=PRECISION)
 
         # The diagonal and the end of the history.
         for n0 in range(full_end, end, BLOCK_N):
@@ -273,7 +337,8 @@ def attention_paged(
         D=d, DV=dv, D_PAD=d_pad, DV_PAD=dv_pad, PAGE=page,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, NUM_CONTEXT=num_context, HAS_CANDIDATES=candidates is not None,
         HAS_POSITION=position is not None, HAS_TIME=time is not None, EXACT=q.dtype == torch.float32 or interpreted(), TMA=tma,
-        BIAS_ROWS=1 if max_queries == 1 else tiles.block_m, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        BIAS_ROWS=1 if max_queries == 1 else tiles.block_m, PIPE=tiles.pipe,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         **({} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg}),
     )  # fmt: skip
