@@ -56,14 +56,23 @@ def bucket_of(seconds, cells):
 
 
 @triton.jit
-def time_bias_of(seconds, lut, PLAIN: tl.constexpr):
-    """Half the time bias of non-negative int32 differences; `lut` holds (threshold, value below it, value from it on, 0)."""
+def time_bias_of(seconds, lut, WIDE: tl.constexpr, PLAIN: tl.constexpr):
+    """Half the time bias of non-negative int32 differences; `lut` holds (threshold, value below it, value from it on).
+
+    Four words an entry where values are exact; two in half precision, the values as a pair of float16: what a lookup costs is
+    the width of its entry.
+    """
     if PLAIN:
-        entry = lut + cell_of(seconds) * 4
+        entry = lut + cell_of(seconds) * (4 if WIDE else 2)
         threshold = tl.load(entry)
-        below = tl.load(entry + 1).to(tl.float32, bitcast=True)
-        above = tl.load(entry + 2).to(tl.float32, bitcast=True)
-    else:
+        if WIDE:
+            below = tl.load(entry + 1).to(tl.float32, bitcast=True)
+            above = tl.load(entry + 2).to(tl.float32, bitcast=True)
+        else:
+            below = (tl.load(entry + 1) & 65535).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            above = (tl.load(entry + 1) >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        value = tl.where(seconds >= threshold, above, below)
+    elif WIDE:
         threshold, below, above, _ = tl.inline_asm_elementwise(
             """{
             .reg .f32 number; .reg .b32 cell; .reg .b64 entry;
@@ -76,15 +85,43 @@ def time_bias_of(seconds, lut, PLAIN: tl.constexpr):
             "=r,=f,=f,=r,r,l", [seconds, lut],
             dtype=(tl.int32, tl.float32, tl.float32, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
-    return tl.where(seconds >= threshold, above, below)
+        value = tl.where(seconds >= threshold, above, below)
+    else:
+        value = tl.inline_asm_elementwise(
+            """{
+            .reg .f32 number; .reg .b32 cell, threshold, pair; .reg .b64 entry; .reg .pred above; .reg .b16 low, high;
+            cvt.rn.f32.s32 number, $1;
+            mov.b32 cell, number;
+            shr.u32 cell, cell, 21;
+            mad.wide.u32 entry, cell, 8, $2;
+            ld.global.nc.v2.b32 {threshold, pair}, [entry];
+            setp.ge.s32 above, $1, threshold;
+            @above shr.u32 pair, pair, 16;
+            mov.b32 {low, high}, pair;
+            cvt.f32.f16 $0, low;
+            }""",
+            "=f,r,l", [seconds, lut], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return value
+
+
+@triton.jit
+def load_now(pointers, PLAIN: tl.constexpr):
+    """32 bits from each pointer, as int32. Assembly, since the pipeliner would stage every tl.load of the loop through shared
+    memory, at the price of a barrier."""
+    if PLAIN:
+        return tl.load(pointers.to(tl.pointer_type(tl.int32), bitcast=True))
+    else:
+        return tl.inline_asm_elementwise("ld.global.nc.b32 $0, [$1];", "=r,l", [pointers], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit(do_not_specialize=["batch", "positions", "buckets", "origin", "table_len", "max_tiles", "max_tiles_k"])
 def prepare_kernel(
-    Position, TimeBias, Times, Offsets, NumCandidates, PositionTable, Steps, Lut, Relative, FastTiles, Lowest, Bounds, Thresholds,
-    Cells, batch, position_head, time_head, positions, buckets, origin, table_len, max_tiles, max_tiles_k, scale,
+    Position, TimeBias, Times, Offsets, NumCandidates, PositionTable, Steps, Lut, Relative, FastTiles, Ordered, Lowest, Bounds,
+    Thresholds, Cells, batch, position_head, time_head, positions, buckets, origin, table_len, max_tiles, max_tiles_k, scale,
     HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, HAS_CANDIDATES: tl.constexpr, LADDER: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BISECT: tl.constexpr, CHUNK: tl.constexpr, TABLE_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BISECT: tl.constexpr, CHUNK: tl.constexpr, SCAN: tl.constexpr, TABLE_BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """What `attention_kernel` wants of the bias, for all heads and tiles.
 
@@ -114,10 +151,17 @@ def prepare_kernel(
                 bucket = (entry >> 32).to(tl.int32)
                 below = 0.5 * tl.load(TimeBias + head * time_head + bucket).to(tl.float32)
                 above = 0.5 * tl.load(TimeBias + head * time_head + least(bucket + 1, buckets - 1)).to(tl.float32)
-                lut = Lut + (head * CELLS + cell) * 4
-                tl.store(lut, entry.to(tl.int32), mask=cell < CELLS)
-                tl.store(lut + 1, below.to(tl.int32, bitcast=True), mask=cell < CELLS)
-                tl.store(lut + 2, above.to(tl.int32, bitcast=True), mask=cell < CELLS)
+                if WIDE:
+                    lut = Lut + (head * CELLS + cell) * 4
+                    tl.store(lut, entry.to(tl.int32), mask=cell < CELLS)
+                    tl.store(lut + 1, below.to(tl.int32, bitcast=True), mask=cell < CELLS)
+                    tl.store(lut + 2, above.to(tl.int32, bitcast=True), mask=cell < CELLS)
+                else:
+                    lut = Lut + (head * CELLS + cell) * 2
+                    low = least(most(below, -65504.0), 65504.0).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 65535
+                    high = least(most(above, -65504.0), 65504.0).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+                    tl.store(lut, entry.to(tl.int32), mask=cell < CELLS)
+                    tl.store(lut + 1, low | (high << 16), mask=cell < CELLS)
     elif HAS_TIME:
         start, end = tl.load(Offsets + b), tl.load(Offsets + b + 1)
         length = (end - start).to(tl.int32)
@@ -132,41 +176,45 @@ def prepare_kernel(
             tl.store(Relative + start + rows, q_time.to(tl.int32), mask=rows < length)
             q_least = tl.reduce(q_time, 0, least).to(tl.int32)
             q_most = tl.reduce(q_time, 0, most).to(tl.int32)
+            if tile == 0:
+                # Attention believes the columns below only as far as the times ascend from the start of the sequence.
+                ordered = length
+                for first in range(1, length, SCAN):
+                    column = first + tl.arange(0, SCAN)
+                    at = Times + start + least(column, length - 1)
+                    back = tl.load(at) < tl.load(at - 1)
+                    ordered = least(ordered, tl.reduce(tl.where(back & (column < length), column, length), 0, least))
+                tl.store(Ordered + b, ordered)
             full_tiles = least(m0 + 1, history) // BLOCK_N
             fast = full_tiles
             for first in range(0, full_tiles, CHUNK):
                 tiles = first + tl.arange(0, CHUNK)
-                columns = tiles[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-                k_time = tl.load(Times + start + least(columns, length - 1)) - first_time
-                k_least = tl.reduce(k_time, 1, least).to(tl.int32)
-                k_most = tl.reduce(k_time, 1, most).to(tl.int32)
-                inner = tl.arange(0, BLOCK_N)[None, :] < BLOCK_N - 1
-                k_next = tl.load(Times + start + least(columns + 1, length - 1)) - first_time
-                rising = tl.reduce(tl.where(inner, k_next - k_time, 0), 1, least) >= 0
-                in_order = (q_least >= k_most) & rising
-                lowest = bucket_of(tl.where(in_order, q_least - k_most, 0), Cells)
-                highest = bucket_of(tl.where(in_order, q_most - k_least, 0), Cells)
-                slow = (in_order == 0) | (highest - lowest > LADDER)
+                real = tiles < full_tiles
+                base = Times + start + tiles * BLOCK_N
+                k_least = (tl.load(base, mask=real, other=0) - first_time).to(tl.int32)
+                k_most = (tl.load(base + BLOCK_N - 1, mask=real, other=0) - first_time).to(tl.int32)
+                lowest = bucket_of(most(q_least - k_most, 0), Cells)
+                highest = bucket_of(most(q_most - k_least, 0), Cells)
+                slow = (q_least < k_most) | (highest - lowest > LADDER) | (highest < lowest)
                 fast = least(fast, tl.reduce(tl.where(slow, least(tiles, full_tiles), full_tiles), 0, least))
-                where = Lowest + (b * max_tiles + tile) * max_tiles_k + tiles
-                tl.store(where, lowest + ((highest - lowest) << 8), mask=tiles < full_tiles)
+                tl.store(Lowest + (b * max_tiles + tile) * max_tiles_k + tiles, lowest + ((highest - lowest) << 8), mask=real)
                 # The keys of a tile come in order of time: where a row's bucket changes is a column, found by bisection.
-                crossed = tl.where((tiles < full_tiles) & (slow == 0), highest - lowest, 0)
+                crossed = tl.where(real & (slow == 0), highest - lowest, 0)
                 busiest = tl.reduce(crossed, 0, most)
                 if busiest > 0:
-                    word = tl.full((CHUNK, BLOCK_M), 0, Bounds.dtype.element_ty)
-                    base = Times + start + tiles[:, None] * BLOCK_N
+                    word = tl.full((CHUNK, BLOCK_M), 0, tl.int32)
                     for number in tl.static_range(0, LADDER):
                         if busiest > number:
                             inside = (crossed > number)[:, None]
                             latest = q_time[None, :] - tl.load(Thresholds + lowest + number + 1)[:, None]
                             passed = tl.full((CHUNK, BLOCK_M), 0, tl.int32)
                             for halving in tl.static_range(1, BISECT + 1):
-                                k_at = tl.load(base + passed + ((BLOCK_N >> halving) - 1), mask=inside, other=0) - first_time
+                                where = base[:, None] + passed + ((BLOCK_N >> halving) - 1)
+                                k_at = tl.load(where, mask=inside, other=0) - first_time
                                 passed += tl.where(k_at <= latest, BLOCK_N >> halving, 0)
-                            k_at = tl.load(base + passed, mask=inside, other=0) - first_time
+                            k_at = tl.load(base[:, None] + passed, mask=inside, other=0) - first_time
                             passed += tl.where(k_at <= latest, 1, 0)
-                            word += passed.to(Bounds.dtype.element_ty) << (8 * number)
+                            word += passed << (8 * number)
                     to = Bounds + ((b * max_tiles + tile) * max_tiles_k + tiles[:, None]).to(tl.int64) * BLOCK_M
                     tl.store(to + tl.arange(0, BLOCK_M)[None, :], word, mask=(crossed > 0)[:, None])
             tl.store(FastTiles + b * max_tiles + tile, fast)
@@ -230,8 +278,8 @@ def with_time(half, crossed, word, value, following, steps, low, high, LADDER: t
     for number in tl.static_range(0, LADDER):
         if crossed > number:
             if number > 0:
-                value = tl.load(steps + number)
-                following = tl.load(steps + number + 1)
+                value = following
+                following = load_now(steps + number + 1, PLAIN).to(tl.float32, bitcast=True)
             bound = ((word >> (8 * number)) & 255).to(tl.float32)
             half += (following - value) * passed_by(bound, low, high, PLAIN)
     return half
@@ -239,12 +287,13 @@ def with_time(half, crossed, word, value, following, steps, low, high, LADDER: t
 
 @triton.jit(do_not_specialize=["pairs", "heads", "max_tiles", "max_tiles_k", "origin", "table_len"])
 def attention_kernel(
-    Q, K, V, KTiles, VTiles, Out, Offsets, NumCandidates, Relative, FastTiles, Lowest, Bounds, PositionTable, Steps, Lut,
+    Q, K, V, KTiles, VTiles, Out, Offsets, NumCandidates, Relative, FastTiles, Ordered, Lowest, Bounds, PositionTable, Steps,
+    Lut,
     q_row, q_head, k_row, k_head, v_row, v_head, pairs, heads, max_tiles, max_tiles_k, origin, table_len, half_scale, out_scale,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr, GROUP: tl.constexpr, NUM_CONTEXT: tl.constexpr, HAS_CANDIDATES: tl.constexpr,
     HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    PLAIN: tl.constexpr, LADDER: tl.constexpr, AFTER: tl.constexpr,
+    PLAIN: tl.constexpr, LADDER: tl.constexpr, AFTER: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M queries of one (sequence, head) against all keys it may see, in tiles of BLOCK_N."""
     # Programs start in order of their number: the heaviest tiles first, in groups of heads whose keys fit in L2 together.
@@ -276,7 +325,7 @@ def attention_kernel(
         fast_end = full_end
         if HAS_TIME:
             row_tile = b * max_tiles + tile
-            fast_end = tl.load(FastTiles + row_tile) * BLOCK_N
+            fast_end = least(tl.load(FastTiles + row_tile), tl.load(Ordered + b) // BLOCK_N) * BLOCK_N
             lowest = Lowest + row_tile * max_tiles_k
             bounds = Bounds + row_tile.to(tl.int64) * (max_tiles_k * BLOCK_M)
         else:
@@ -304,7 +353,7 @@ def attention_kernel(
             p_shift = rows
             p_columns = columns
         if HAS_TIME:
-            lut = Lut + head * (CELLS * 4)
+            lut = Lut + head * (CELLS * (4 if WIDE else 2))
         k_tile = K
         v_tile = V
         if not TMA:
@@ -316,13 +365,16 @@ def attention_kernel(
         eighths = (8 * tl.arange(0, BLOCK_N // 8)).to(tl.float32)
         high = tl.reshape(tl.broadcast_to(eighths[:, None], (BLOCK_N // 8, 8)), (BLOCK_N,))
         low = tl.reshape(tl.broadcast_to(tl.arange(0, 8).to(tl.float32)[None, :], (BLOCK_N // 8, 8)), (BLOCK_N,))
+        if HAS_TIME:
+            coming = tl.load(lowest)
         for n0 in range(0, fast_end, BLOCK_N):
             if HAS_TIME:
-                crossed = tl.load(lowest + n0 // BLOCK_N)
-                word = tl.load(bounds + n0 // BLOCK_N * BLOCK_M + local)
+                crossed = coming
+                coming = load_now(lowest + least(n0 // BLOCK_N + 1, max_tiles_k - 1), PLAIN)
                 steps = Steps + head * 256 + (crossed & 255)
-                value = tl.load(steps)
-                following = tl.load(steps + 1)
+                value = load_now(steps, PLAIN).to(tl.float32, bitcast=True)
+                following = load_now(steps + 1, PLAIN).to(tl.float32, bitcast=True)
+                word = load_now(bounds + n0 // BLOCK_N * BLOCK_M + local, PLAIN)
             scores = key_scores(
                 q, KTiles, k_tile, start, n0, head, k_row, dims, p_rows, p_shift, p_columns, D, D_PAD, BLOCK_M, BLOCK_N,
                 HAS_POSITION and not AFTER, TMA, PLAIN, PRECISION,
@@ -350,8 +402,11 @@ def attention_kernel(
                 scores = position_pairs(p_rows, p_shift, p_near, n0, PLAIN)
             if HAS_TIME:
                 k_time = tl.load(Relative + start + keys, mask=keys < history, other=0)
-                by_time = time_bias_of(tl.abs(q_time[:, None] - k_time[None, :]), lut, PLAIN)
+                by_time = time_bias_of(tl.abs(q_time[:, None] - k_time[None, :]), lut, WIDE, PLAIN)
             k = tl.load(k_tile + (start + n0) * k_row, mask=(keys[None, :] < history) & (dims[:, None] < D), other=0.0)
+            # Without a barrier here ptxas finds the bias to be written into a product under way, and then runs every matrix
+            # instruction of the kernel one at a time (its warning C7515).
+            tl.debug_barrier()
             half = tl.dot(q, k, scores, input_precision=PRECISION) * half_scale
             if HAS_POSITION and AFTER:
                 half += position_pairs(p_rows, p_shift, p_near, n0, PLAIN)
@@ -474,6 +529,7 @@ class Plan:
     lut: Tensor | None = None
     relative: Tensor | None = None
     fast_tiles: Tensor | None = None
+    ordered: Tensor | None = None
     lowest: Tensor | None = None
     bounds: Tensor | None = None
     thresholds: Tensor | None = None
@@ -486,7 +542,7 @@ class Plan:
         return {
             "Position": position, "TimeBias": time, "Times": times, "Offsets": offsets, "NumCandidates": num_candidates,
             "PositionTable": self.position_table, "Steps": self.steps, "Lut": self.lut, "Relative": self.relative,
-            "FastTiles": self.fast_tiles, "Lowest": self.lowest, "Bounds": self.bounds, "Thresholds": self.thresholds,
+            "FastTiles": self.fast_tiles, "Ordered": self.ordered, "Lowest": self.lowest, "Bounds": self.bounds, "Thresholds": self.thresholds,
             "Cells": self.cells, "batch": offsets.shape[0] - 1,
             "position_head": 0 if position is None else position.stride(0), "time_head": 0 if time is None else time.stride(0),
             "positions": 0 if position is None else position.shape[1], "buckets": 0 if time is None else time.shape[1],
@@ -497,7 +553,7 @@ class Plan:
     def attention_arguments(self):
         """Those run-time arguments of `attention_kernel` that come from the plan, by name."""
         return {
-            "Relative": self.relative, "FastTiles": self.fast_tiles, "Lowest": self.lowest, "Bounds": self.bounds,
+            "Relative": self.relative, "FastTiles": self.fast_tiles, "Ordered": self.ordered, "Lowest": self.lowest, "Bounds": self.bounds,
             "PositionTable": self.position_table, "Steps": self.steps, "Lut": self.lut, "max_tiles": self.max_tiles,
             "max_tiles_k": self.max_tiles_k, "origin": self.origin, "table_len": self.table_len,
         }  # fmt: skip
@@ -527,9 +583,8 @@ def plan(
         thresholds, cells = bucket_tables(bias.time.shape[1], device)
         tables |= {
             "steps": new(heads, 256, dtype=torch.float32), "lut": new(heads, CELLS.value, 4), "relative": new(total),
-            "fast_tiles": new(batch, max_tiles), "lowest": new(batch, max_tiles, max_tiles_k),
-            "bounds": new(batch, max_tiles, max_tiles_k, tiles.block_m, dtype=torch.int32 if tiles.ladder <= 4 else torch.int64),
-            "thresholds": thresholds,
+            "fast_tiles": new(batch, max_tiles), "ordered": new(batch), "lowest": new(batch, max_tiles, max_tiles_k),
+            "bounds": new(batch, max_tiles, max_tiles_k, tiles.block_m), "thresholds": thresholds,
             "cells": cells,
         }  # fmt: skip
     return Plan(max_tiles, max_tiles_k, origin, table_len, after=tiles.after, **tables)
@@ -568,7 +623,8 @@ def attention_jagged(
     if has_position or has_time:
         prepare_kernel[(shared.max_tiles, batch + heads)](
             **shared.prepare_arguments(bias, times.long() if has_time else None, offsets, num_candidates, d), **flags,
-            LADDER=tiles.ladder, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BISECT=tiles.block_n.bit_length() - 1, CHUNK=4 if interpreted() else max(1, 512 // tiles.block_n), TABLE_BLOCK=512,
+            LADDER=tiles.ladder, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BISECT=tiles.block_n.bit_length() - 1, CHUNK=4 if interpreted() else 8, SCAN=1024,
+            TABLE_BLOCK=512, WIDE=q.dtype == torch.float32,
         )  # fmt: skip
     d_pad, dv_pad = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv))
     tma = tiles.tma and d == d_pad and dv == dv_pad and k.stride(1) == d and v.stride(1) == dv and use_tma(k, v)
@@ -582,7 +638,7 @@ def attention_jagged(
         **shared.attention_arguments(), q_row=q.stride(0), q_head=q.stride(1), k_row=k.stride(0), k_head=k.stride(1),
         v_row=v.stride(0), v_head=v.stride(1), pairs=batch * heads, heads=heads, half_scale=0.5 * d**-0.5, out_scale=1 / divisor,
         D=d, DV=dv, D_PAD=d_pad, DV_PAD=dv_pad, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_S=tiles.block_s,
-        GROUP=tiles.group, NUM_CONTEXT=num_context, **flags, EXACT=full or tiles.exact or interpreted(), TMA=tma,
+        GROUP=tiles.group, NUM_CONTEXT=num_context, **flags, EXACT=full or tiles.exact or interpreted(), WIDE=full, TMA=tma,
         PLAIN=interpreted(), AFTER=tiles.after,
         PRECISION="ieee" if full else "tf32", LADDER=tiles.ladder, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         **({} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg}),

@@ -76,19 +76,19 @@ _TYPES = {
     **dict.fromkeys(("Position", "TimeBias", "PositionTable", "Steps", "Parts"), _FLOAT),
     **dict.fromkeys(("Offsets", "NumCandidates", "Times", "Cells", "Ids", "BlockTable", "QueryOffsets", "SeqLens"), _LONG),
     **dict.fromkeys(("QueryTimes", "SlotTimes"), _LONG),
-    **dict.fromkeys(("Relative", "FastTiles", "Lowest", "Bounds", "Lut", "Thresholds"), _INT),
+    **dict.fromkeys(("Relative", "FastTiles", "Ordered", "Lowest", "Bounds", "Lut", "Thresholds"), _INT),
     **dict.fromkeys(("half_scale", "out_scale", "scale", "eps", "fill"), "fp32"),
 }
 _ALIGNED = ("x_row", "gate_row", "width", "columns", "depth", "residual_row", "size")
 
 
 def _attention(d: int, bias: bool, tma: bool, tiles) -> dict:
-    absent = () if bias else ("Relative", "FastTiles", "Lowest", "Bounds", "PositionTable", "Steps", "Lut")
+    absent = () if bias else ("Relative", "FastTiles", "Ordered", "Lowest", "Bounds", "PositionTable", "Steps", "Lut")
     return {
         **dict.fromkeys(("NumCandidates", *absent, *(() if tma else ("KTiles", "VTiles")))),
         "D": d, "DV": d, "D_PAD": d, "DV_PAD": d, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_S": tiles.block_s,
         "GROUP": tiles.group, "NUM_CONTEXT": 1, "HAS_CANDIDATES": False, "HAS_POSITION": bias, "HAS_TIME": bias, "EXACT": False,
-        "TMA": tma, "PRECISION": "tf32", "PLAIN": False, "LADDER": tiles.ladder, "AFTER": tiles.after,
+        "TMA": tma, "PRECISION": "tf32", "PLAIN": False, "LADDER": tiles.ladder, "AFTER": tiles.after, "WIDE": False,
     }  # fmt: skip
 
 
@@ -109,7 +109,8 @@ def _specification(name: str, capability: int, d: int) -> tuple[object, dict, in
         tiles = attention.default_tiles(torch.bfloat16, d, 4096, 128, RelativeBias(table, table), capability)
         arguments = {
             "HAS_POSITION": True, "HAS_TIME": True, "HAS_CANDIDATES": False, "LADDER": tiles.ladder, "BLOCK_M": tiles.block_m,
-            "BLOCK_N": tiles.block_n, "BISECT": tiles.block_n.bit_length() - 1, "CHUNK": 512 // tiles.block_n, "TABLE_BLOCK": 512, "NumCandidates": None,
+            "BLOCK_N": tiles.block_n, "BISECT": tiles.block_n.bit_length() - 1, "CHUNK": 8, "SCAN": 1024, "TABLE_BLOCK": 512, "WIDE": False,
+            "NumCandidates": None,
         }  # fmt: skip
         return attention.prepare_kernel, arguments, 4, 3, {}, None
     if name in ("decode", "extend"):
@@ -120,7 +121,7 @@ def _specification(name: str, capability: int, d: int) -> tuple[object, dict, in
             **dict.fromkeys(("KeyTiles", "ValueTiles")),
             "D": d, "DV": d, "D_PAD": d, "DV_PAD": d, "PAGE": 16, "BLOCK_M": block_m, "BLOCK_N": block_n, "NUM_CONTEXT": 1,
             "HAS_CANDIDATES": False, "HAS_POSITION": False, "HAS_TIME": False, "EXACT": False, "TMA": False,
-            "BIAS_ROWS": block_m, "PIPE": tiles.pipe, "PRECISION": "tf32",
+            "BIAS_ROWS": block_m, "PLAIN": False, "PRECISION": "tf32",
         }  # fmt: skip
         return paged.paged_kernel, arguments, tiles.num_warps, tiles.num_stages, {}, tiles.maxnreg
     if name == "sum_splits":
