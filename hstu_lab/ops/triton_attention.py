@@ -22,8 +22,8 @@ from hstu_lab.ops.triton_runtime import add, capability, check_dtype, interprete
 CELLS = tl.constexpr(((127 + 31) << 2) + 1)
 """Cells of the float32 numbers 0 .. 2^31 by exponent and two bits of mantissa; those of fractions are never used."""
 
-LADDER = 2
-"""Bucket boundaries that a tile of the fast loop may cross; tiles that cross more look every score up."""
+CHUNK = tl.constexpr(4)
+"""Key tiles that a program of the preparation works on at a time."""
 
 
 @triton.jit
@@ -121,19 +121,19 @@ def prepare_kernel(
     Thresholds, Cells, batch, position_head, time_head, positions, buckets, origin, table_len, max_tiles, max_tiles_k, scale,
     HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, HAS_CANDIDATES: tl.constexpr, LADDER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BISECT: tl.constexpr, CHUNK: tl.constexpr, SCAN: tl.constexpr, TABLE_BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """What `attention_kernel` wants of the bias, for all heads and tiles.
 
     Programs (tile, b < batch): times as int32 seconds since the sequence's first; the smallest bucket of each key tile; how
     many tiles from the start cross at most LADDER boundaries. Programs (part, batch + head): tables of the head, halved.
     """
-    tile, b = tl.program_id(0), tl.program_id(1)
+    tile, part, b = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
     if b >= batch:
         head = b - batch
         if HAS_POSITION:
             # Two copies of the reversed row, the second shifted by one, so that any pair of neighbours is aligned in one.
-            part = tile
+            part = tl.program_id(0)
             while part * TABLE_BLOCK < 2 * table_len:
                 at = part * TABLE_BLOCK + tl.arange(0, TABLE_BLOCK)
                 shift = tl.where(at >= table_len, 1, 0)
@@ -142,7 +142,7 @@ def prepare_kernel(
                 tl.store(PositionTable + head * 2 * table_len + at, scale * value, mask=at < 2 * table_len)
                 part += tl.num_programs(0)
         if HAS_TIME:  # noqa: SIM102 - a compile-time and a run-time condition
-            if tile == 0:
+            if tl.program_id(0) == 0:
                 step = tl.arange(0, 256)
                 value = 0.5 * tl.load(TimeBias + head * time_head + least(step, buckets - 1)).to(tl.float32)
                 tl.store(Steps + head * 256 + step, value)
@@ -173,10 +173,10 @@ def prepare_kernel(
             rows = m0 + tl.arange(0, BLOCK_M)
             first_time = tl.load(Times + start)
             q_time = tl.load(Times + start + least(rows, length - 1)) - first_time
-            tl.store(Relative + start + rows, q_time.to(tl.int32), mask=rows < length)
+            tl.store(Relative + start + rows, q_time.to(tl.int32), mask=rows < tl.where(part == 0, length, 0))
             q_least = tl.reduce(q_time, 0, least).to(tl.int32)
             q_most = tl.reduce(q_time, 0, most).to(tl.int32)
-            if tile == 0:
+            if tl.program_id(0) == 0:
                 # Attention believes the columns below only as far as the times ascend from the start of the sequence.
                 ordered = length
                 for first in range(1, length, SCAN):
@@ -187,7 +187,7 @@ def prepare_kernel(
                 tl.store(Ordered + b, ordered)
             full_tiles = least(m0 + 1, history) // BLOCK_N
             fast = full_tiles
-            for first in range(0, full_tiles, CHUNK):
+            for first in range(part * CHUNK, full_tiles, PARTS * CHUNK):
                 tiles = first + tl.arange(0, CHUNK)
                 real = tiles < full_tiles
                 base = Times + start + tiles * BLOCK_N
@@ -217,7 +217,7 @@ def prepare_kernel(
                             word += passed << (8 * number)
                     to = Bounds + ((b * max_tiles + tile) * max_tiles_k + tiles[:, None]).to(tl.int64) * BLOCK_M
                     tl.store(to + tl.arange(0, BLOCK_M)[None, :], word, mask=(crossed > 0)[:, None])
-            tl.store(FastTiles + b * max_tiles + tile, fast)
+            tl.store(FastTiles + (b * max_tiles + tile) * PARTS + part, fast)
 
 
 @triton.jit
@@ -294,6 +294,7 @@ def attention_kernel(
     BLOCK_S: tl.constexpr, GROUP: tl.constexpr, NUM_CONTEXT: tl.constexpr, HAS_CANDIDATES: tl.constexpr,
     HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     PLAIN: tl.constexpr, LADDER: tl.constexpr, AFTER: tl.constexpr, WIDE: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M queries of one (sequence, head) against all keys it may see, in tiles of BLOCK_N."""
     # Programs start in order of their number: the heaviest tiles first, in groups of heads whose keys fit in L2 together.
@@ -325,7 +326,10 @@ def attention_kernel(
         fast_end = full_end
         if HAS_TIME:
             row_tile = b * max_tiles + tile
-            fast_end = least(tl.load(FastTiles + row_tile), tl.load(Ordered + b) // BLOCK_N) * BLOCK_N
+            fast_end = tl.load(Ordered + b) // BLOCK_N
+            for part in tl.static_range(PARTS):
+                fast_end = least(fast_end, tl.load(FastTiles + row_tile * PARTS + part))
+            fast_end *= BLOCK_N
             lowest = Lowest + row_tile * max_tiles_k
             bounds = Bounds + row_tile.to(tl.int64) * (max_tiles_k * BLOCK_M)
         else:
@@ -459,7 +463,7 @@ class Tiles:
     num_stages: int = 2
     group: int = 16
     maxnreg: int | None = None
-    ladder: int = LADDER
+    ladder: int = 4
     exact: bool = False
     tma: bool = True
     after: bool = False
@@ -480,15 +484,19 @@ def default_tiles(dtype: torch.dtype, d: int, max_len: int, pairs: int, bias: Re
         return Tiles(128, 64, 32, num_warps=8, num_stages=3) if d <= 64 else Tiles(64, 64, 32)
     biased = bias is not None and (bias.position is not None or bias.time is not None)
     timed = bias is not None and bias.time is not None
-    if biased and max_len <= 1024:
-        return Tiles(64, 32, 32, num_stages=3) if pairs * max_len > 2**14 else Tiles(32, 64, 64)
-    if timed:
-        return Tiles(64, 128, 32, maxnreg=168) if d <= 64 else Tiles(64, 64, 32, num_stages=3, ladder=3)
-    if biased:
-        return Tiles(64, 128, 32, maxnreg=168) if d <= 64 else Tiles(128, 64, 32)
-    if max_len <= 1024:
-        return Tiles(64, 64, 32, num_stages=3)
-    return Tiles(128, 64, 64, num_warps=8, num_stages=3, maxnreg=128) if d <= 64 else Tiles(128, 64, 32, group=8)
+    if not biased:
+        if d > 64:
+            return Tiles(64, 64, 32, num_stages=3) if max_len <= 4096 else Tiles(128, 64, 32, group=8)
+        return Tiles(64, 64, 64, num_stages=3) if max_len <= 2048 else Tiles(128, 64, 64, num_warps=8, num_stages=3, maxnreg=128)
+    if pairs * max_len <= 2**14:
+        return Tiles(32, 64, 64)
+    if d <= 64:
+        return Tiles(64, 64, 32, maxnreg=128)
+    if not timed:
+        return Tiles(128, 64, 32, group=8)
+    if max_len <= 2048:
+        return Tiles(64, 32, 32, num_stages=3, maxnreg=168)
+    return Tiles(64, 64, 32, num_stages=3, maxnreg=224, group=8, after=True)
 
 
 @functools.cache
@@ -535,6 +543,7 @@ class Plan:
     thresholds: Tensor | None = None
     cells: Tensor | None = None
     after: bool = False
+    parts: int = 1
 
     def prepare_arguments(self, bias: RelativeBias, times: Tensor | None, offsets: Tensor, num_candidates: Tensor | None, d: int):
         """Run-time arguments of `prepare_kernel` by name."""
@@ -572,6 +581,8 @@ def plan(
 ) -> Plan:
     """Sizes and empty tables for `total` rows of `batch` sequences, none longer than `max_len`."""
     max_tiles, max_tiles_k = triton.cdiv(max_len, tiles.block_m), triton.cdiv(max_len, tiles.block_n)
+    # Programs that share the preparation of one row tile: their loads wait for each other, so the more the sooner.
+    parts = min(8, triton.next_power_of_2(triton.cdiv(max_tiles_k, CHUNK.value)))
     origin = max_tiles * tiles.block_m  # no row of any tile lies beyond
     beyond = max(tiles.block_m, num_context) + max(tiles.block_n, tiles.block_s)
     table_len = origin + beyond + beyond % 2 + 2
@@ -583,11 +594,11 @@ def plan(
         thresholds, cells = bucket_tables(bias.time.shape[1], device)
         tables |= {
             "steps": new(heads, 256, dtype=torch.float32), "lut": new(heads, CELLS.value, 4), "relative": new(total),
-            "fast_tiles": new(batch, max_tiles), "ordered": new(batch), "lowest": new(batch, max_tiles, max_tiles_k),
+            "fast_tiles": new(batch, max_tiles, parts), "ordered": new(batch), "lowest": new(batch, max_tiles, max_tiles_k),
             "bounds": new(batch, max_tiles, max_tiles_k, tiles.block_m), "thresholds": thresholds,
             "cells": cells,
         }  # fmt: skip
-    return Plan(max_tiles, max_tiles_k, origin, table_len, after=tiles.after, **tables)
+    return Plan(max_tiles, max_tiles_k, origin, table_len, after=tiles.after, parts=parts, **tables)
 
 
 def attention_jagged(
@@ -621,10 +632,11 @@ def attention_jagged(
     shared = plan(tiles, bias, q.device, batch=batch, heads=heads, total=total, max_len=max_len, num_context=num_context)
     flags = {"HAS_POSITION": has_position, "HAS_TIME": has_time, "HAS_CANDIDATES": num_candidates is not None}
     if has_position or has_time:
-        prepare_kernel[(shared.max_tiles, batch + heads)](
+        prepare_kernel[(shared.max_tiles * shared.parts, batch + heads)](
             **shared.prepare_arguments(bias, times.long() if has_time else None, offsets, num_candidates, d), **flags,
-            LADDER=tiles.ladder, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BISECT=tiles.block_n.bit_length() - 1, CHUNK=4 if interpreted() else 8, SCAN=1024,
+            LADDER=tiles.ladder, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BISECT=tiles.block_n.bit_length() - 1, CHUNK=CHUNK, SCAN=1024,
             TABLE_BLOCK=512, WIDE=q.dtype == torch.float32,
+            PARTS=shared.parts,
         )  # fmt: skip
     d_pad, dv_pad = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv))
     tma = tiles.tma and d == d_pad and dv == dv_pad and k.stride(1) == d and v.stride(1) == dv and use_tma(k, v)
@@ -638,7 +650,7 @@ def attention_jagged(
         **shared.attention_arguments(), q_row=q.stride(0), q_head=q.stride(1), k_row=k.stride(0), k_head=k.stride(1),
         v_row=v.stride(0), v_head=v.stride(1), pairs=batch * heads, heads=heads, half_scale=0.5 * d**-0.5, out_scale=1 / divisor,
         D=d, DV=dv, D_PAD=d_pad, DV_PAD=dv_pad, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_S=tiles.block_s,
-        GROUP=tiles.group, NUM_CONTEXT=num_context, **flags, EXACT=full or tiles.exact or interpreted(), WIDE=full, TMA=tma,
+        GROUP=tiles.group, NUM_CONTEXT=num_context, **flags, EXACT=full or tiles.exact or interpreted(), WIDE=full, PARTS=shared.parts, TMA=tma,
         PLAIN=interpreted(), AFTER=tiles.after,
         PRECISION="ieee" if full else "tf32", LADDER=tiles.ladder, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         **({} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg}),

@@ -61,6 +61,16 @@ def load_page(table, index, PLAIN: tl.constexpr):
 
 
 @triton.jit
+def page_and_slot(n0, near, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Index into the table, and slot in its page, of keys n0 + near; n0 is a multiple of BLOCK_N."""
+    if BLOCK_N % PAGE == 0:  # said so, slots do not change from tile to tile
+        index, slot = n0 // PAGE + near // PAGE, near % PAGE
+    else:
+        index, slot = (n0 + near) // PAGE, (n0 + near) % PAGE
+    return index, slot
+
+
+@triton.jit
 def paged_scores(
     q, page_now, KeyTiles, keys_of_head, table, SlotTimes, Position, TimeBias, Cells, n0, bias_position, q_time, positions, head,
     position_head, time_head, time_page, k_page, k_slot, k_head, half_scale, D: tl.constexpr, D_PAD: tl.constexpr,
@@ -71,13 +81,13 @@ def paged_scores(
     near = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, D_PAD)
     keys = n0 + near
+    index, slot = page_and_slot(n0, near, PAGE, BLOCK_N)
     # A tile within one page is one copy by the tensor memory accelerator; else every key row finds its own page.
-    page = (page_now if TMA else load_page(table, keys // PAGE, PLAIN)).to(tl.int64)
-    slot = (n0 if TMA else keys) % PAGE
+    page = (page_now if TMA else load_page(table, index, PLAIN)).to(tl.int64)
     if TMA:
-        k = KeyTiles.load([(page * PAGE + slot).to(tl.int32), head * k_head]).T
+        k = KeyTiles.load([(page * PAGE + n0 % PAGE).to(tl.int32), head * k_head]).T
     else:
-        k_rows = keys_of_head + (page * k_page + slot * k_slot)[None, :] + dims[:, None]
+        k_rows = keys_of_head + (slot * k_slot)[None, :] + dims[:, None] + (page * k_page)[None, :]
         if D_PAD == D:
             k = tl.load(k_rows)
         else:
@@ -86,7 +96,7 @@ def paged_scores(
     if HAS_POSITION or HAS_TIME:
         k_time = tl.full((BLOCK_N,), 0, tl.int64)
         if HAS_TIME:
-            k_time = tl.load(SlotTimes + page * time_page + (slot + near if TMA else slot))
+            k_time = tl.load(SlotTimes + page * time_page + (n0 % PAGE + near if TMA else slot))
         bias = paged_bias(
             Position, TimeBias, Cells, bias_position, keys, q_time, k_time, positions, head, position_head, time_head,
             HAS_POSITION, HAS_TIME,
@@ -101,14 +111,13 @@ def paged_values(
     PAGE: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     """Values (BLOCK_N, DV_PAD) of keys from n0 on."""
-    keys = n0 + tl.arange(0, BLOCK_N)
+    index, slot = page_and_slot(n0, tl.arange(0, BLOCK_N), PAGE, BLOCK_N)
     value_dims = tl.arange(0, DV_PAD)
-    page = (page_now if TMA else load_page(table, keys // PAGE, PLAIN)).to(tl.int64)
-    slot = (n0 if TMA else keys) % PAGE
+    page = (page_now if TMA else load_page(table, index, PLAIN)).to(tl.int64)
     if TMA:
-        v = ValueTiles.load([(page * PAGE + slot).to(tl.int32), head * v_head])
+        v = ValueTiles.load([(page * PAGE + n0 % PAGE).to(tl.int32), head * v_head])
     else:
-        v_rows = values_of_head + (page * v_page + slot * v_slot)[:, None] + value_dims[None, :]
+        v_rows = values_of_head + (slot * v_slot)[:, None] + value_dims[None, :] + (page * v_page)[:, None]
         if DV_PAD == DV:
             v = tl.load(v_rows)
         else:
