@@ -1,6 +1,6 @@
 """Measure the Triton kernels on the GPU that is here and write what was seen to data/measured/<device>/triton_*.json.
 
-    python -m hstu_lab.kernel_bench [PART ...] [--out FOLDER]      parts: attention steps paged memory calibration stack ampere tests
+    python -m hstu_lab.kernel_bench [attention] [steps] [paged] [memory] [calibration] [stack] [ampere] [tests] [--out FOLDER]
 
 Every ratio compares two measurements of one run. Needs PyTorch, Triton and an NVIDIA GPU, nothing else of the project's stack.
 """
@@ -336,13 +336,15 @@ def ampere(record: measure.Record) -> None:
     for bias in (None, random_bias(heads, longest, "position+time", g)):
         name = "attention" if bias is None else "attention_bias"
         tiles = triton_attention.default_tiles(BF16, d, longest, batch * heads, bias, 80)
-        plan = triton_attention.plan(tiles, bias, q.device, batch=batch, heads=heads, total=total, max_len=longest, num_context=1)
+        sizes = {"batch": batch, "heads": heads, "total": total, "max_len": longest, "num_context": 1}
+        plan = triton_attention.plan(tiles, bias, q.device, **sizes)
         out = torch.full_like(v, torch.nan)
         if bias is not None:
-            kernel = triton_compile.compile_kernel("prepare", 80, d)
-            launch_ptx(kernel, (plan.max_tiles * plan.parts, batch + heads), plan.prepare_arguments(bias, times, offsets, None, d))
+            kernel = triton_compile.compile_kernel("prepare", 80, d, longest)
+            grid = plan.max_tiles * plan.parts, batch + heads
+            launch_ptx(kernel, grid, plan.prepare_arguments(bias, times, offsets, None, d))
         strides = {f"{n}_{part}": s for n, x in (("q", q), ("k", k), ("v", v)) for part, s in zip(("row", "head"), x.stride())}
-        launch_ptx(triton_compile.compile_kernel(name, 80, d), (batch * heads * plan.max_tiles,), {
+        launch_ptx(triton_compile.compile_kernel(name, 80, d, longest), (batch * heads * plan.max_tiles,), {
             "Q": q, "K": k, "V": v, "Out": out, "Offsets": offsets, **strides, **plan.attention_arguments(),
             "pairs": batch * heads, "heads": heads, "half_scale": 0.5 * d**-0.5, "out_scale": 1 / longest,
         })  # fmt: skip

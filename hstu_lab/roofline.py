@@ -23,7 +23,7 @@ TILE = 128
 STEP = 64
 """Queries of one attention program, and keys of one of its steps."""
 INSTRUCTIONS = {"none": 7.0, "position": 7.5, "position+time": 9.5}
-"""Instructions a query-key pair in the main loop of the attention kernel, by kind of bias, with one bucket boundary a tile: counted
+"""Instructions a query-key pair in the main loop of the attention kernel by kind of bias, with one boundary a tile, counted
 in its machine code for sm_90 (`triton_compile`, checked by a test). Masked tiles and those near the diagonal take more."""
 
 
@@ -128,7 +128,8 @@ def attention(config: ModelConfig, batch: int, queries: int, keys: int, dtype: s
     steps = [math.ceil(end / STEP) for end in ends]
     return Operator(
         "attention", 2 * pairs * (config.d_qk + config.d_v), moved, pairs, tiles, instructions=INSTRUCTIONS[config.rab] * pairs,
-        bias=config.rab if queries == keys else "", programs=batch * heads * len(steps), steps=batch * heads * sum(steps), longest=max(steps),
+        bias=config.rab if queries == keys else "", programs=batch * heads * len(steps), steps=batch * heads * sum(steps),
+        longest=max(steps),
     )  # fmt: skip
 
 

@@ -120,13 +120,15 @@ def prepare_kernel(
     Position, TimeBias, Times, Offsets, NumCandidates, PositionTable, Steps, Lut, Relative, FastTiles, Ordered, Lowest, Bounds,
     Thresholds, Cells, batch, position_head, time_head, positions, buckets, origin, table_len, max_tiles, max_tiles_k, scale,
     HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, HAS_CANDIDATES: tl.constexpr, LADDER: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BISECT: tl.constexpr, CHUNK: tl.constexpr, SCAN: tl.constexpr, TABLE_BLOCK: tl.constexpr,
-    WIDE: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BISECT: tl.constexpr, CHUNK: tl.constexpr, SCAN: tl.constexpr,
+    TABLE_BLOCK: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """What `attention_kernel` wants of the bias, for all heads and tiles.
 
-    Programs (tile, b < batch): times as int32 seconds since the sequence's first; the smallest bucket of each key tile; how
-    many tiles from the start cross at most LADDER boundaries. Programs (part, batch + head): tables of the head, halved.
+    Programs (row tile and part, b < batch): times as int32 seconds since the sequence's first; of each key tile before the row
+    tile its smallest bucket, the bucket boundaries in it, and for every row the column where each lies (Bounds, a byte each); how
+    many tiles from the start hold at most LADDER boundaries (FastTiles); how far the times ascend (Ordered). Programs (any,
+    batch + head): the tables of the head, times `scale` (position) and halved (time).
     """
     tile, part, b = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
     if b >= batch:
@@ -222,7 +224,9 @@ def prepare_kernel(
 
 @triton.jit
 def passed_by(bound, low, high, PLAIN: tl.constexpr):
-    """1 where bound > low + high, else 0."""
+    """1 where bound > low + high, else 0, for whole numbers: a saturating subtraction, which the floating-point unit does at
+    twice the rate of a comparison and a selection. `high` are constants and `low` two numbers a thread: neither takes registers.
+    """
     x = bound[:, None] - low[None, :]
     if PLAIN:
         return least(most(x - high[None, :], 0.0), 1.0)
@@ -233,6 +237,7 @@ def passed_by(bound, low, high, PLAIN: tl.constexpr):
 
 @triton.jit
 def position_pairs(p_rows, p_shift, p_columns, n0, PLAIN: tl.constexpr):
+    """Scaled position bias of the tile at key n0: rows p_rows, each p_shift pairs earlier."""
     return position_bias_of((p_rows + n0 // 2)[:, None] + (p_columns[None, :] - p_shift[:, None]), PLAIN)
 
 
@@ -261,6 +266,7 @@ def add_values(
     weights, acc, VTiles, v_tile, start, n0, head, v_row, value_dims, DV: tl.constexpr, DV_PAD: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """acc + weights V for the tile of keys at n0."""
     if TMA:
         v = VTiles.load([(start + n0).to(tl.int32), head * DV])
     else:
@@ -288,13 +294,11 @@ def with_time(half, crossed, word, value, following, steps, low, high, LADDER: t
 @triton.jit(do_not_specialize=["pairs", "heads", "max_tiles", "max_tiles_k", "origin", "table_len"])
 def attention_kernel(
     Q, K, V, KTiles, VTiles, Out, Offsets, NumCandidates, Relative, FastTiles, Ordered, Lowest, Bounds, PositionTable, Steps,
-    Lut,
-    q_row, q_head, k_row, k_head, v_row, v_head, pairs, heads, max_tiles, max_tiles_k, origin, table_len, half_scale, out_scale,
-    D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr, GROUP: tl.constexpr, NUM_CONTEXT: tl.constexpr, HAS_CANDIDATES: tl.constexpr,
+    Lut, q_row, q_head, k_row, k_head, v_row, v_head, pairs, heads, max_tiles, max_tiles_k, origin, table_len, half_scale,
+    out_scale, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, GROUP: tl.constexpr, NUM_CONTEXT: tl.constexpr, HAS_CANDIDATES: tl.constexpr,
     HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    PLAIN: tl.constexpr, LADDER: tl.constexpr, AFTER: tl.constexpr, WIDE: tl.constexpr,
-    PARTS: tl.constexpr,
+    PLAIN: tl.constexpr, LADDER: tl.constexpr, AFTER: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M queries of one (sequence, head) against all keys it may see, in tiles of BLOCK_N."""
     # Programs start in order of their number: the heaviest tiles first, in groups of heads whose keys fit in L2 together.
@@ -382,7 +386,7 @@ def attention_kernel(
             scores = key_scores(
                 q, KTiles, k_tile, start, n0, head, k_row, dims, p_rows, p_shift, p_columns, D, D_PAD, BLOCK_M, BLOCK_N,
                 HAS_POSITION and not AFTER, TMA, PLAIN, PRECISION,
-            )
+            )  # fmt: skip
             half = scores * half_scale
             if HAS_POSITION and AFTER:
                 half += position_pairs(p_rows, p_shift, p_columns, n0, PLAIN)
@@ -408,9 +412,10 @@ def attention_kernel(
                 k_time = tl.load(Relative + start + keys, mask=keys < history, other=0)
                 by_time = time_bias_of(tl.abs(q_time[:, None] - k_time[None, :]), lut, WIDE, PLAIN)
             k = tl.load(k_tile + (start + n0) * k_row, mask=(keys[None, :] < history) & (dims[:, None] < D), other=0.0)
-            # Without a barrier here ptxas finds the bias to be written into a product under way, and then runs every matrix
-            # instruction of the kernel one at a time (its warning C7515).
-            tl.debug_barrier()
+            if HAS_POSITION:
+                # Without this ptxas finds the bias to be written into a product under way, and then runs every matrix
+                # instruction of the kernel one at a time (its warning C7515).
+                tl.debug_barrier()
             half = tl.dot(q, k, scores, input_precision=PRECISION) * half_scale
             if HAS_POSITION and AFTER:
                 half += position_pairs(p_rows, p_shift, p_near, n0, PLAIN)
@@ -449,11 +454,12 @@ def attention_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How one launch is cut: query and key rows of a tile, warps, pipeline stages, heads that
-    share L2, registers a thread, bucket boundaries that a tile of the fast loop may cross.
+    """How one launch is cut: query and key rows of a tile, warps, pipeline stages, heads that share L2, registers a thread,
+    bucket boundaries that a tile of the fast loop may hold (at most 4).
 
-    block_s is the key rows of a tile where every score may need a mask or a bucket of its own. exact: the exact SiLU in half
-    precision too; tma: let the tensor memory accelerator read the keys where it can.
+    after: add the position bias to the product, instead of starting the product from it. block_s: key rows of a tile where every
+    score may need a mask or a bucket of its own. exact: the exact SiLU in half precision too. tma: let the tensor memory
+    accelerator read the keys where it can.
     """
 
     block_m: int
@@ -524,6 +530,11 @@ def bucket_tables(num_buckets: int, device: torch.device) -> tuple[Tensor, Tenso
     return as_tensor(thresholds, dtype=torch.int32), as_tensor(cells, dtype=torch.int64)
 
 
+def parts_of(max_len: int, block_n: int) -> int:
+    """Programs that share the preparation of one row tile: the loads of one wait for each other, so the more the sooner."""
+    return min(8, triton.next_power_of_2(triton.cdiv(max_len, block_n * CHUNK.value)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What one launch shares with its preparation: sizes, and where the bias tables go (None where there is no such bias)."""
@@ -551,7 +562,8 @@ class Plan:
         return {
             "Position": position, "TimeBias": time, "Times": times, "Offsets": offsets, "NumCandidates": num_candidates,
             "PositionTable": self.position_table, "Steps": self.steps, "Lut": self.lut, "Relative": self.relative,
-            "FastTiles": self.fast_tiles, "Ordered": self.ordered, "Lowest": self.lowest, "Bounds": self.bounds, "Thresholds": self.thresholds,
+            "FastTiles": self.fast_tiles, "Ordered": self.ordered, "Lowest": self.lowest, "Bounds": self.bounds,
+            "Thresholds": self.thresholds,
             "Cells": self.cells, "batch": offsets.shape[0] - 1,
             "position_head": 0 if position is None else position.stride(0), "time_head": 0 if time is None else time.stride(0),
             "positions": 0 if position is None else position.shape[1], "buckets": 0 if time is None else time.shape[1],
@@ -562,8 +574,9 @@ class Plan:
     def attention_arguments(self):
         """Those run-time arguments of `attention_kernel` that come from the plan, by name."""
         return {
-            "Relative": self.relative, "FastTiles": self.fast_tiles, "Ordered": self.ordered, "Lowest": self.lowest, "Bounds": self.bounds,
-            "PositionTable": self.position_table, "Steps": self.steps, "Lut": self.lut, "max_tiles": self.max_tiles,
+            "Relative": self.relative, "FastTiles": self.fast_tiles, "Ordered": self.ordered, "Lowest": self.lowest,
+            "Bounds": self.bounds, "PositionTable": self.position_table, "Steps": self.steps, "Lut": self.lut,
+            "max_tiles": self.max_tiles,
             "max_tiles_k": self.max_tiles_k, "origin": self.origin, "table_len": self.table_len,
         }  # fmt: skip
 
@@ -581,8 +594,7 @@ def plan(
 ) -> Plan:
     """Sizes and empty tables for `total` rows of `batch` sequences, none longer than `max_len`."""
     max_tiles, max_tiles_k = triton.cdiv(max_len, tiles.block_m), triton.cdiv(max_len, tiles.block_n)
-    # Programs that share the preparation of one row tile: their loads wait for each other, so the more the sooner.
-    parts = min(8, triton.next_power_of_2(triton.cdiv(max_tiles_k, CHUNK.value)))
+    parts = parts_of(max_len, tiles.block_n)
     origin = max_tiles * tiles.block_m  # no row of any tile lies beyond
     beyond = max(tiles.block_m, num_context) + max(tiles.block_n, tiles.block_s)
     table_len = origin + beyond + beyond % 2 + 2
@@ -634,7 +646,8 @@ def attention_jagged(
     if has_position or has_time:
         prepare_kernel[(shared.max_tiles * shared.parts, batch + heads)](
             **shared.prepare_arguments(bias, times.long() if has_time else None, offsets, num_candidates, d), **flags,
-            LADDER=tiles.ladder, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BISECT=tiles.block_n.bit_length() - 1, CHUNK=CHUNK, SCAN=1024,
+            LADDER=tiles.ladder, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BISECT=tiles.block_n.bit_length() - 1,
+            CHUNK=CHUNK, SCAN=1024,
             TABLE_BLOCK=512, WIDE=q.dtype == torch.float32,
             PARTS=shared.parts,
         )  # fmt: skip
@@ -650,9 +663,9 @@ def attention_jagged(
         **shared.attention_arguments(), q_row=q.stride(0), q_head=q.stride(1), k_row=k.stride(0), k_head=k.stride(1),
         v_row=v.stride(0), v_head=v.stride(1), pairs=batch * heads, heads=heads, half_scale=0.5 * d**-0.5, out_scale=1 / divisor,
         D=d, DV=dv, D_PAD=d_pad, DV_PAD=dv_pad, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_S=tiles.block_s,
-        GROUP=tiles.group, NUM_CONTEXT=num_context, **flags, EXACT=full or tiles.exact or interpreted(), WIDE=full, PARTS=shared.parts, TMA=tma,
-        PLAIN=interpreted(), AFTER=tiles.after,
-        PRECISION="ieee" if full else "tf32", LADDER=tiles.ladder, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        GROUP=tiles.group, NUM_CONTEXT=num_context, **flags, EXACT=full or tiles.exact or interpreted(), WIDE=full,
+        PARTS=shared.parts, AFTER=tiles.after, LADDER=tiles.ladder, TMA=tma, PLAIN=interpreted(),
+        PRECISION="ieee" if full else "tf32", num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         **({} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg}),
     )  # fmt: skip
     return out

@@ -92,13 +92,14 @@ _TYPES = {
 _ALIGNED = ("x_row", "gate_row", "width", "columns", "depth", "residual_row", "size")
 
 
-def _attention(d: int, bias: bool, tma: bool, tiles) -> dict:
+def _attention(d: int, bias: bool, tma: bool, tiles, parts: int) -> dict:
     absent = () if bias else ("Relative", "FastTiles", "Ordered", "Lowest", "Bounds", "PositionTable", "Steps", "Lut")
     return {
         **dict.fromkeys(("NumCandidates", *absent, *(() if tma else ("KTiles", "VTiles")))),
         "D": d, "DV": d, "D_PAD": d, "DV_PAD": d, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_S": tiles.block_s,
         "GROUP": tiles.group, "NUM_CONTEXT": 1, "HAS_CANDIDATES": False, "HAS_POSITION": bias, "HAS_TIME": bias, "EXACT": False,
-        "TMA": tma, "PRECISION": "tf32", "PLAIN": False, "LADDER": tiles.ladder, "AFTER": tiles.after, "WIDE": False, "PARTS": 8,
+        "TMA": tma, "PRECISION": "tf32", "PLAIN": False, "LADDER": tiles.ladder, "AFTER": tiles.after, "WIDE": False,
+        "PARTS": parts,
     }  # fmt: skip
 
 
@@ -112,14 +113,15 @@ def _specification(name: str, capability: int, d: int, length: int) -> tuple[obj
         table = torch.zeros(1, 1) if bias else None
         tiles = attention.default_tiles(torch.bfloat16, d, length, 128, RelativeBias(table, table), capability)
         descriptors = dict.fromkeys(("KTiles", "VTiles"), f"tensordesc<bf16[{tiles.block_n}, {d}]>") if tma else {}
-        arguments = _attention(d, bias, tma, tiles)
+        arguments = _attention(d, bias, tma, tiles, attention.parts_of(length, tiles.block_n))
         return attention.attention_kernel, arguments, tiles.num_warps, tiles.num_stages, descriptors, tiles.maxnreg
     if name == "prepare":
         table = torch.zeros(1, 1)
         tiles = attention.default_tiles(torch.bfloat16, d, length, 128, RelativeBias(table, table), capability)
         arguments = {
             "HAS_POSITION": True, "HAS_TIME": True, "HAS_CANDIDATES": False, "LADDER": tiles.ladder, "BLOCK_M": tiles.block_m,
-            "BLOCK_N": tiles.block_n, "BISECT": tiles.block_n.bit_length() - 1, "CHUNK": attention.CHUNK.value, "SCAN": 1024, "TABLE_BLOCK": 512, "WIDE": False, "PARTS": min(8, triton.next_power_of_2(length // tiles.block_n // attention.CHUNK.value)),
+            "BLOCK_N": tiles.block_n, "BISECT": tiles.block_n.bit_length() - 1, "CHUNK": attention.CHUNK.value, "SCAN": 1024,
+            "TABLE_BLOCK": 512, "WIDE": False, "PARTS": attention.parts_of(length, tiles.block_n),
             "NumCandidates": None,
         }  # fmt: skip
         return attention.prepare_kernel, arguments, 4, 3, {}, None

@@ -186,8 +186,8 @@ def paged_kernel(
             if TMA:
                 coming = load_page(table, least((n0 + BLOCK_N) // PAGE, table_row - 1), PLAIN)
             half = paged_scores(
-                q, page, KeyTiles, keys_of_head, table, SlotTimes, Position, TimeBias, Cells, n0, bias_position, q_time, positions,
-                head, position_head, time_head, time_page, k_page, k_slot, k_head, half_scale, D, D_PAD, PAGE, BLOCK_N,
+                q, page, KeyTiles, keys_of_head, table, SlotTimes, Position, TimeBias, Cells, n0, bias_position, q_time,
+                positions, head, position_head, time_head, time_page, k_page, k_slot, k_head, half_scale, D, D_PAD, PAGE, BLOCK_N,
                 HAS_POSITION, HAS_TIME, TMA, PRECISION, PLAIN,
             )  # fmt: skip
             weights = silu_of_half(half * half_scale, EXACT).to(q.dtype)
@@ -266,8 +266,14 @@ def default_tiles(dtype: torch.dtype, d: int, page: int, max_queries: int, capab
     if max_queries <= 16:
         return PagedTiles(16, block_n)
     if max_queries <= 32:
-        return PagedTiles(32, block_n)
-    return PagedTiles(128, 64) if max_queries > 64 and 64 < d <= 128 and capability >= 90 else PagedTiles(64, 64)
+        return PagedTiles(32, 64 if d <= 64 else block_n)
+    if capability < 90 or d > 128 or max_queries <= 64:
+        return PagedTiles(64, 64)
+    if d > 64:
+        return PagedTiles(64, 64, maxnreg=168)
+    if page < 64:
+        return PagedTiles(128, 128, num_warps=8, maxnreg=128)
+    return PagedTiles(64, 64, num_stages=4) if max_queries <= 128 else PagedTiles(128, 64, num_warps=8, maxnreg=128)
 
 
 def _split(tiles: PagedTiles, q: Tensor, max_queries: int, max_keys: int, pairs: int) -> PagedTiles:
@@ -275,7 +281,9 @@ def _split(tiles: PagedTiles, q: Tensor, max_queries: int, max_keys: int, pairs:
     if interpreted():
         return dataclasses.replace(tiles, splits=2 if max_keys > 32 else 1)
     programs = pairs * triton.cdiv(max_queries, tiles.block_m)
-    wanted = (4 if q.shape[2] <= 64 else 2) * processors(q) // programs
+    # Decode is over the sooner the more programs read; matrix work is better left in longer loops.
+    a_processor = (4, 2) if max_queries <= 16 else (3, 1.5)
+    wanted = int(a_processor[q.shape[2] > 64] * processors(q)) // programs
     return dataclasses.replace(tiles, splits=max(1, min(wanted, triton.cdiv(max_keys, 2 * tiles.block_n), 16)))
 
 
