@@ -22,7 +22,7 @@ TILE = 128
 """Side of the output tile that one SM works on at a time, for wave quantisation."""
 STEP = 64
 """Queries of one attention program, and keys of one of its steps."""
-INSTRUCTIONS = {"none": 7.0, "position": 7.5, "position+time": 9.5}
+INSTRUCTIONS = {"none": 6.5, "position": 7.5, "position+time": 12.0}
 """Instructions a query-key pair in the main loop of the attention kernel by kind of bias, with one boundary a tile, counted
 in its machine code for sm_90 (`triton_compile`, checked by a test). Masked tiles and those near the diagonal take more."""
 

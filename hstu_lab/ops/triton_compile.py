@@ -92,12 +92,13 @@ _TYPES = {
 _ALIGNED = ("x_row", "gate_row", "width", "columns", "depth", "residual_row", "size")
 
 
-def _attention(d: int, bias: bool, tma: bool, tiles, parts: int) -> dict:
-    absent = () if bias else ("Relative", "FastTiles", "Ordered", "Lowest", "Bounds", "PositionTable", "Steps", "Lut")
+def _attention(d: int, position: bool, time: bool, tma: bool, tiles, parts: int) -> dict:
+    absent = () if time else ("Relative", "FastTiles", "Ordered", "Lowest", "Bounds", "Steps", "Lut")
+    absent += () if position else ("PositionTable",)
     return {
         **dict.fromkeys(("NumCandidates", *absent, *(() if tma else ("KTiles", "VTiles")))),
         "D": d, "DV": d, "D_PAD": d, "DV_PAD": d, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_S": tiles.block_s,
-        "GROUP": tiles.group, "NUM_CONTEXT": 1, "HAS_CANDIDATES": False, "HAS_POSITION": bias, "HAS_TIME": bias, "EXACT": False,
+        "GROUP": tiles.group, "NUM_CONTEXT": 1, "HAS_CANDIDATES": False, "HAS_POSITION": position, "HAS_TIME": time, "EXACT": False,
         "TMA": tma, "PRECISION": "tf32", "PLAIN": False, "LADDER": tiles.ladder, "AFTER": tiles.after, "WIDE": False,
         "PARTS": parts,
     }  # fmt: skip
@@ -108,12 +109,12 @@ def _specification(name: str, capability: int, d: int, length: int) -> tuple[obj
     modules = compiled_modules()
     attention, memory, linear, paged = (modules[m] for m in _MODULES[1:])
     tma = capability >= 90
-    if name in ("attention", "attention_bias"):
-        bias = name == "attention_bias"
-        table = torch.zeros(1, 1) if bias else None
-        tiles = attention.default_tiles(torch.bfloat16, d, length, 128, RelativeBias(table, table), capability)
+    if name in ("attention", "attention_position", "attention_bias"):
+        position, time = name != "attention", name == "attention_bias"
+        bias = RelativeBias(*(torch.zeros(1, 1) if there else None for there in (position, time)))
+        tiles = attention.default_tiles(torch.bfloat16, d, length, 128, bias, capability)
         descriptors = dict.fromkeys(("KTiles", "VTiles"), f"tensordesc<bf16[{tiles.block_n}, {d}]>") if tma else {}
-        arguments = _attention(d, bias, tma, tiles, attention.parts_of(length, tiles.block_n))
+        arguments = _attention(d, position, time, tma, tiles, attention.parts_of(length, tiles.block_n))
         return attention.attention_kernel, arguments, tiles.num_warps, tiles.num_stages, descriptors, tiles.maxnreg
     if name == "prepare":
         table = torch.zeros(1, 1)
@@ -155,8 +156,8 @@ def _specification(name: str, capability: int, d: int, length: int) -> tuple[obj
 
 
 KERNELS = (
-    "attention", "attention_bias", "prepare", "decode", "extend", "sum_splits", "norm_gate", "gather_sum", "jagged_to_dense",
-    "project_silu",
+    "attention", "attention_position", "attention_bias", "prepare", "decode", "extend", "sum_splits", "norm_gate", "gather_sum",
+    "jagged_to_dense", "project_silu",
 )  # fmt: skip
 """Names that `compile_kernel` takes."""
 
