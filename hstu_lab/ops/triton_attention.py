@@ -22,7 +22,7 @@ from hstu_lab.ops.triton_runtime import add, capability, check_dtype, interprete
 CELLS = tl.constexpr(((127 + 31) << 2) + 1)
 """Cells of the float32 numbers 0 .. 2^31 by exponent and two bits of mantissa; those of fractions are never used."""
 
-CHUNK = tl.constexpr(4)
+CHUNK = tl.constexpr(8)
 """Key tiles that a program of the preparation works on at a time."""
 
 
@@ -530,9 +530,11 @@ def bucket_tables(num_buckets: int, device: torch.device) -> tuple[Tensor, Tenso
     return as_tensor(thresholds, dtype=torch.int32), as_tensor(cells, dtype=torch.int64)
 
 
-def parts_of(max_len: int, block_n: int) -> int:
-    """Programs that share the preparation of one row tile: the loads of one wait for each other, so the more the sooner."""
-    return min(8, triton.next_power_of_2(triton.cdiv(max_len, block_n * CHUNK.value)))
+def parts_of(max_tiles_k: int, programs: int) -> int:
+    """Programs that share the preparation of one row tile: several where a long sequence has row tiles too few (`programs`) to
+    fill a GPU, since the loads of one wait for each other.
+    """
+    return 8 if max_tiles_k > 4 * CHUNK.value and programs <= 64 else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -594,7 +596,7 @@ def plan(
 ) -> Plan:
     """Sizes and empty tables for `total` rows of `batch` sequences, none longer than `max_len`."""
     max_tiles, max_tiles_k = triton.cdiv(max_len, tiles.block_m), triton.cdiv(max_len, tiles.block_n)
-    parts = parts_of(max_len, tiles.block_n)
+    parts = parts_of(max_tiles_k, batch * max_tiles)
     origin = max_tiles * tiles.block_m  # no row of any tile lies beyond
     beyond = max(tiles.block_m, num_context) + max(tiles.block_n, tiles.block_s)
     table_len = origin + beyond + beyond % 2 + 2

@@ -92,15 +92,16 @@ _TYPES = {
 _ALIGNED = ("x_row", "gate_row", "width", "columns", "depth", "residual_row", "size")
 
 
-def _attention(d: int, position: bool, time: bool, tma: bool, tiles, parts: int) -> dict:
+def _attention(d: int, position: bool, time: bool, tma: bool, tiles) -> dict:
     absent = () if time else ("Relative", "FastTiles", "Ordered", "Lowest", "Bounds", "Steps", "Lut")
     absent += () if position else ("PositionTable",)
     return {
         **dict.fromkeys(("NumCandidates", *absent, *(() if tma else ("KTiles", "VTiles")))),
         "D": d, "DV": d, "D_PAD": d, "DV_PAD": d, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_S": tiles.block_s,
-        "GROUP": tiles.group, "NUM_CONTEXT": 1, "HAS_CANDIDATES": False, "HAS_POSITION": position, "HAS_TIME": time, "EXACT": False,
+        "GROUP": tiles.group, "NUM_CONTEXT": 1, "HAS_CANDIDATES": False, "HAS_POSITION": position, "HAS_TIME": time,
+        "EXACT": False,
         "TMA": tma, "PRECISION": "tf32", "PLAIN": False, "LADDER": tiles.ladder, "AFTER": tiles.after, "WIDE": False,
-        "PARTS": parts,
+        "PARTS": 1,
     }  # fmt: skip
 
 
@@ -114,7 +115,7 @@ def _specification(name: str, capability: int, d: int, length: int) -> tuple[obj
         bias = RelativeBias(*(torch.zeros(1, 1) if there else None for there in (position, time)))
         tiles = attention.default_tiles(torch.bfloat16, d, length, 128, bias, capability)
         descriptors = dict.fromkeys(("KTiles", "VTiles"), f"tensordesc<bf16[{tiles.block_n}, {d}]>") if tma else {}
-        arguments = _attention(d, position, time, tma, tiles, attention.parts_of(length, tiles.block_n))
+        arguments = _attention(d, position, time, tma, tiles)
         return attention.attention_kernel, arguments, tiles.num_warps, tiles.num_stages, descriptors, tiles.maxnreg
     if name == "prepare":
         table = torch.zeros(1, 1)
@@ -122,7 +123,7 @@ def _specification(name: str, capability: int, d: int, length: int) -> tuple[obj
         arguments = {
             "HAS_POSITION": True, "HAS_TIME": True, "HAS_CANDIDATES": False, "LADDER": tiles.ladder, "BLOCK_M": tiles.block_m,
             "BLOCK_N": tiles.block_n, "BISECT": tiles.block_n.bit_length() - 1, "CHUNK": attention.CHUNK.value, "SCAN": 1024,
-            "TABLE_BLOCK": 512, "WIDE": False, "PARTS": attention.parts_of(length, tiles.block_n),
+            "TABLE_BLOCK": 512, "WIDE": False, "PARTS": 1,
             "NumCandidates": None,
         }  # fmt: skip
         return attention.prepare_kernel, arguments, 4, 3, {}, None

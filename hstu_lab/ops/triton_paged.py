@@ -266,7 +266,7 @@ def default_tiles(dtype: torch.dtype, d: int, page: int, max_queries: int, capab
     if max_queries <= 16:
         return PagedTiles(16, block_n)
     if max_queries <= 32:
-        return PagedTiles(32, 64 if d <= 64 else block_n)
+        return PagedTiles(32, block_n)
     if capability < 90 or d > 128 or max_queries <= 64:
         return PagedTiles(64, 64)
     if d > 64:
@@ -282,7 +282,7 @@ def _split(tiles: PagedTiles, q: Tensor, max_queries: int, max_keys: int, pairs:
         return dataclasses.replace(tiles, splits=2 if max_keys > 32 else 1)
     programs = pairs * triton.cdiv(max_queries, tiles.block_m)
     # Decode is over the sooner the more programs read; matrix work is better left in longer loops.
-    a_processor = (4, 2) if max_queries <= 16 else (3, 1.5)
+    a_processor = (4, 2) if max_queries <= 16 else (2.5, 1.5)
     wanted = int(a_processor[q.shape[2] > 64] * processors(q)) // programs
     return dataclasses.replace(tiles, splits=max(1, min(wanted, triton.cdiv(max_keys, 2 * tiles.block_n), 16)))
 
