@@ -82,7 +82,6 @@ def test_a_replay_holds_many_short_kernels():
     """Starting a graph takes longer than one of them: few calls a replay would time the start."""
     one = torch.zeros(1, device="cuda")
     result = measure.measure(lambda: one.add_(1), name="add", repeats=5, min_time=0.01, cuda_graph=True)
-    assert result.calls * result.median > 1e-4
     assert result.calls > 20
     torch.cuda.synchronize()
     assert one.item() >= result.calls * len(result.samples)
