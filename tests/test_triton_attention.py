@@ -51,6 +51,33 @@ def test_times_out_of_order():
     assert error(*attention_case([48, 33], bias="time", in_order=False)) < 1e-5
 
 
+def timed_case(times, **options):
+    g = torch.Generator().manual_seed(0)
+    n = len(times)
+    q, k, v = (torch.randn(n, 1, 16, generator=g).to(DEVICE) for _ in range(3))
+    arguments = {
+        "divisor": n, "bias": reference.RelativeBias(time=torch.randn(1, 64, generator=g).to(DEVICE)), "times": times.to(DEVICE),
+        "offsets": torch.tensor([0, n], device=DEVICE),
+    }  # fmt: skip
+    return (ops.attention_jagged(q, k, v, **arguments, **o) for ops, o in ((triton_ops, options), (reference, {})))
+
+
+@pytest.mark.parametrize("step", [1, 37, 100, 3600])
+def test_bucket_boundaries_at_every_column_of_a_tile(step):
+    """Even times put a boundary before, at and behind every key of a tile; tiles with more than four are looked up."""
+    got, expected = timed_case(1_700_000_000 + step * torch.arange(150))
+    assert error(got, expected) < 1e-5
+
+
+def test_a_tile_out_of_order_inside_is_looked_up():
+    """First and last key of every tile in order, one in the middle not: its column is no bucket boundary."""
+    times = 1_700_000_000 + 1000 * torch.arange(96)
+    times[5] += 40_000
+    times[38] -= 30_000
+    got, expected = timed_case(times)
+    assert error(got, expected) < 1e-5
+
+
 @cpu_only
 def test_positions_beyond_the_table_share_its_last_entry():
     assert error(*attention_case([50], bias="position", max_seq_len=20)) < 1e-5
