@@ -1,5 +1,7 @@
 """The roofline's arithmetic against counts made another way."""
 
+import math
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -7,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hstu_lab import hardware, roofline
 from hstu_lab.config import preset
 from hstu_lab.hardware import DEVICES, device
+from hstu_lab.measure import read_record
 
 H200 = device("H200-SXM-141GB")
 
@@ -129,6 +132,41 @@ def test_measured_ceilings_replace_the_datasheets():
     assert (found.flops["bf16"], found.bandwidth, found.measured) == (782e12, 4.25e12, True)
     assert found.flops["int8"] == H200.flops["int8"]
     assert H200.flops["bf16"] == 989.4e12
+
+
+def test_a_product_takes_as_long_as_a_measured_square_one():
+    gpu = H200.with_ceilings(dtype="bf16", products=[(4e9, 10e-6), (1e9, 5e-6)], launch=1e-6, source="a record")
+    assert gpu.product_seconds(1e9) == gpu.product_seconds(1e6) == 5e-6
+    assert gpu.product_seconds(2e9) == pytest.approx(math.sqrt(5e-6 * 10e-6))
+    assert gpu.product_seconds(8e9) == pytest.approx(20e-6)
+    product = roofline.gemm("", 1000, 1000, 1000)
+    assert roofline.predict(product, gpu).seconds == pytest.approx(gpu.product_seconds(2e9))
+    assert roofline.predict(product, gpu, "fp32").seconds != pytest.approx(gpu.product_seconds(2e9))
+
+
+def test_attention_waits_for_its_longest_program_or_for_free_slots():
+    config = preset("gr-3b").replace(rab="none", num_heads=2)
+    operator = roofline.attention(config, 3, 150, 150)  # 3 row tiles of 1, 2 and 3 steps, 6 times
+    assert (operator.programs, operator.steps, operator.longest) == (18, 36, 3)
+    few, many = (
+        H200.with_ceilings(dtype="bf16", chains={"none": (4e-6, 1e-6)}, resident=resident, launch=1e-6, source="a record")
+        for resident in (1, 1 / 132)
+    )
+    assert roofline.predict(operator, few).terms["waiting"] == pytest.approx(4e-6 + 3e-6 - 1e-6)
+    assert roofline.predict(operator, many).terms["waiting"] == pytest.approx(18 * 4e-6 + 36e-6 - 1e-6)
+    assert "waiting" not in roofline.predict(roofline.attention(config, 3, 1, 150), few).terms  # decode is another kernel
+
+
+def test_the_recorded_stack_is_within_30_percent_of_its_prediction():
+    """Both from records: no clock runs here."""
+    gpu = roofline.calibrated(H200, read_record("triton_calibration", "nvidia-h200"))
+    record = read_record("triton_stack", "nvidia-h200")
+    for batch in (1, 8):
+        for rab in ("none", "position+time"):
+            operators = roofline.stack(preset("gr-3b").replace(rab=rab), batch, 512)
+            predicted = roofline.total([roofline.predict(op, gpu) for op in operators])
+            recorded = record[f"stack gr-3b B={batch} N=512 bias={rab}"].median
+            assert recorded / 1.3 < predicted < recorded * 1.3
 
 
 def test_this_cpu_is_measured():

@@ -91,10 +91,11 @@ def test_every_control_moves_the_operators():
     assert "attention, memory" in explorer.label.value
 
 
-def test_narrow_heads_are_bound_by_tanh_on_hopper():
-    explorer = widgets.roofline_explorer(GR3B, [H100])
+@pytest.mark.parametrize(("rab", "bound"), [("none", "special functions"), ("position+time", "instructions")])
+def test_narrow_heads_are_bound_by_tanh_on_hopper_or_by_their_bias(rab, bound):
+    explorer = widgets.roofline_explorer(GR3B.replace(rab=rab), [H100])
     explorer.controls["length"].value, explorer.controls["head_size"].value = 8192, 16
-    assert explorer.label.value.endswith("longest: attention, special functions")
+    assert explorer.label.value.endswith(f"longest: attention, {bound}")
 
 
 def candidate_flops(heads, d_qk, d_v, history, candidates):

@@ -51,6 +51,33 @@ def test_times_out_of_order():
     assert error(*attention_case([48, 33], bias="time", in_order=False)) < 1e-5
 
 
+def timed_case(times, **options):
+    g = torch.Generator().manual_seed(0)
+    n = len(times)
+    q, k, v = (torch.randn(n, 1, 16, generator=g).to(DEVICE) for _ in range(3))
+    arguments = {
+        "divisor": n, "bias": reference.RelativeBias(time=torch.randn(1, 64, generator=g).to(DEVICE)), "times": times.to(DEVICE),
+        "offsets": torch.tensor([0, n], device=DEVICE),
+    }  # fmt: skip
+    return (ops.attention_jagged(q, k, v, **arguments, **o) for ops, o in ((triton_ops, options), (reference, {})))
+
+
+@pytest.mark.parametrize("step", [1, 37, 100, 3600])
+def test_bucket_boundaries_at_every_column_of_a_tile(step):
+    """Even times put a boundary before, at and behind every key of a tile; tiles with more than four are looked up."""
+    got, expected = timed_case(1_700_000_000 + step * torch.arange(150))
+    assert error(got, expected) < 1e-5
+
+
+def test_a_tile_out_of_order_inside_is_looked_up():
+    """First and last key of every tile in order, one in the middle not: its column is no bucket boundary."""
+    times = 1_700_000_000 + 1000 * torch.arange(96)
+    times[5] += 40_000
+    times[38] -= 30_000
+    got, expected = timed_case(times)
+    assert error(got, expected) < 1e-5
+
+
 @cpu_only
 def test_positions_beyond_the_table_share_its_last_entry():
     assert error(*attention_case([50], bias="position", max_seq_len=20)) < 1e-5
@@ -92,20 +119,22 @@ def test_interpreter_refuses_bfloat16():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
-@pytest.mark.parametrize("chunk", range(10))
-def test_200_random_batches_on_the_gpu(dtype, chunk):
-    """20 batches a chunk: lengths 0, 1 and block edges among them, every bias, candidates, context, odd widths."""
-    for seed in range(20 * chunk, 20 * chunk + 20):
-        draw = random.Random(seed)
+@pytest.mark.parametrize("mode", [(None, 1), (None, 5), ("candidates", 1)], ids=["causal", "context", "candidates"])
+@pytest.mark.parametrize(("d", "dv"), [(50, 50), (64, 64), (128, 64)])
+def test_200_random_batches_on_the_gpu(d, dv, mode, dtype):
+    """23 batches each, 207 a dtype: lengths 0, 1 and block edges among them, every bias, times in order and not.
+
+    One kind of kernel a test, since compiling it is most of the work.
+    """
+    candidates, num_context = mode
+    for seed in range(23):
+        draw = random.Random(f"{d} {dv} {mode} {seed}")
         edges = [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 500, 640]
         lengths = [draw.choice(edges) if draw.random() < 0.6 else draw.randrange(700) for _ in range(draw.randrange(1, 9))]
         if sum(lengths) == 0:
             lengths.append(1)
-        # Few enough kinds of kernel to compile in a minute or two: widths, bias, and one of context, long context, candidates.
-        d, dv = draw.choice([(50, 50), (64, 64), (128, 64)])
-        candidates, num_context = draw.choice([(False, 1), (False, 5), (True, 1)])
         options = {
-            "heads": draw.choice([1, 2, 4]), "d": d, "dv": dv, "bias": draw.choice(BIASES), "dtype": dtype,
+            "heads": draw.choice([1, 2, 4]), "d": d, "dv": dv, "bias": BIASES[seed % len(BIASES)], "dtype": dtype,
             "max_seq_len": 1024, "candidates": [draw.randrange(n + 1) for n in lengths] if candidates else None,
             "num_context": num_context, "in_order": draw.random() < 0.8,
         }  # fmt: skip
