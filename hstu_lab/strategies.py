@@ -195,12 +195,12 @@ class Vllm:
     def prompts(self, batch: Batch, timer: StageTimer) -> list:
         if self.encoder is None:
             return batch.histories
-        from hstu_lab.vllm_plugin.modeling import attach_levels
+        from hstu_lab.vllm_plugin.modeling import attach_token
 
         with timer("encoder"):
             batch.encoded = self.encoder.encode(batch.tokens, batch.offsets)
-            level = unpack(batch.tokens, self.encoder.model.config)[2]
-            return list(attach_levels(batch.encoded, level).split(batch.lengths.tolist()))
+            item, _, level, _ = unpack(batch.tokens, self.encoder.model.config)
+            return list(attach_token(batch.encoded, level, item).split(batch.lengths.tolist()))
 
     def submit(self, batch: Batch, task: str, count: int, timer: StageTimer) -> list:
         """Futures of `hstu_lab.vllm_engine.Generated`, one a request."""

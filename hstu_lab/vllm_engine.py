@@ -62,7 +62,11 @@ class EngineError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
-    """How to run vLLM; see vLLM's engine arguments of the same names. kv_cache_memory_bytes sizes the paged cache."""
+    """How to run vLLM; see vLLM's engine arguments of the same names. kv_cache_memory_bytes sizes the paged cache.
+
+    `cuda_graphs` is NONE, FULL_DECODE_ONLY (steps in which every request adds one token are replayed) or FULL (steps of up to
+    512 tokens are, whatever their mixture). `prompt_embeds` lets prompts be tensors, which keeps the encoder out of the graphs.
+    """
 
     kv_cache_memory_bytes: int = 256 << 20
     block_size: int = 16
@@ -72,7 +76,9 @@ class EngineOptions:
     enable_chunked_prefill: bool = True
     dtype: str = "float32"
     ops: str = "reference"
-    enforce_eager: bool = True
+    cuda_graphs: str = "NONE"
+    prompt_embeds: bool = True
+    tensor_parallel_size: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +93,8 @@ class Generated:
 class Engine:
     """vLLM serving one checkpoint folder.
 
-    A prompt is packed tokens (list of int), or a float32 tensor (tokens, d_model + 2) made by
-    `hstu_lab.vllm_plugin.modeling.attach_levels`; one engine takes both. Raises EngineError where vLLM is missing.
+    A prompt is packed tokens (list of int), or a float32 tensor (tokens, d_model + 5) made by
+    `hstu_lab.vllm_plugin.modeling.attach_token`; one engine takes both. Raises EngineError where vLLM is missing.
     """
 
     def __init__(self, checkpoint: str | pathlib.Path, options: EngineOptions | None = None):
@@ -98,6 +104,7 @@ class Engine:
         try:
             from vllm.platforms import current_platform
 
+            memory = {} if current_platform.is_cpu() else {"gpu_memory_utilization": 0.05}  # of which the cache is not part
             if current_platform.is_cpu():
                 # vLLM compiles two tiny sampling functions with Inductor: seconds of a first request, and a C++ compiler.
                 current_platform.simple_compile_backend = "eager"
@@ -112,14 +119,16 @@ class Engine:
         self.config = load_config(checkpoint)
         arguments = dataclasses.asdict(options)
         arguments["additional_config"] = {"ops": arguments.pop("ops")}
+        arguments["enable_prompt_embeds"] = arguments.pop("prompt_embeds")
+        arguments["compilation_config"] = {"mode": 0, "cudagraph_mode": arguments.pop("cuda_graphs")}
         # vLLM wants a stdout with a file number; Jupyter's has none.
         global _open_engines
         with _STEP, contextlib.redirect_stdout(sys.__stdout__), _quiet():
             self.engine = LLMEngine.from_engine_args(
                 EngineArgs(
                     model=str(checkpoint), skip_tokenizer_init=True, max_model_len=self.config.max_seq_len, max_logprobs=-1,
-                    logprobs_mode="processed_logprobs", logits_processors=[SeenItems], enable_prompt_embeds=True,
-                    disable_log_stats=True, use_tqdm_on_load=False, seed=0, **arguments,
+                    logprobs_mode="processed_logprobs", logits_processors=[SeenItems],
+                    disable_log_stats=True, use_tqdm_on_load=False, seed=0, **memory, **arguments,
                 )
             )  # fmt: skip
             _open_engines += 1
@@ -152,9 +161,10 @@ class Engine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        missing = sorted(set(seen).difference(self._items(prompt)))
         params = SamplingParams(
             temperature=0, max_tokens=max_tokens, logprobs=logprobs, flat_logprobs=True, detokenize=False, ignore_eos=True,
-            extra_args={"seen": list(seen)}, output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={"seen": missing}, output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
         body = {"prompt_embeds": prompt} if isinstance(prompt, Tensor) else {"prompt_token_ids": list(prompt)}
         outer: concurrent.futures.Future[Generated] = concurrent.futures.Future()
@@ -166,6 +176,14 @@ class Engine:
             self._incoming.append((f"request-{next(self._ids)}", body, params, inner))
             self._wake.notify()
         return outer
+
+    def _items(self, prompt) -> list[int]:
+        """Items of a prompt, which the engine masks by itself."""
+        if isinstance(prompt, Tensor):
+            from hstu_lab.vllm_plugin.modeling import detach_token
+
+            return detach_token(prompt)[2].tolist()
+        return [token % self.config.num_items for token in prompt if token < self.config.user_token_base]
 
     @staticmethod
     def _collect(futures: list[concurrent.futures.Future[Generated]]) -> list[Generated]:
