@@ -126,3 +126,28 @@ def mask_items(logits: Tensor, block_table: Tensor, seq_lens: Tensor, slot_items
         logits, block_table, seq_lens, slot_items, block_table.stride(0), logits.stride(0), logits.shape[1],
         PAGE=slot_items.shape[1], BLOCK=block,
     )  # fmt: skip
+
+
+@triton.jit
+def keep_kernel(Hidden, Gaps, Slots, Cache, hidden_row, c_page, c_slot, PAGE: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr):
+    """One token a program: a candidate's hidden state to the front of its slot."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(Slots + token).to(tl.int64)
+    if (slot >= 0) & (tl.load(Gaps + token) < 0):
+        column = tl.arange(0, PAD)
+        row = tl.load(Hidden + token * hidden_row + column, mask=column < WIDTH)
+        target = Cache + slot // PAGE * c_page + slot % PAGE * c_slot
+        tl.store(target + column, row.to(Cache.dtype.element_ty), mask=column < WIDTH)
+
+
+def keep_candidates(hidden: Tensor, gaps: Tensor, slots: Tensor, cache: Tensor) -> None:
+    """Rows of hidden (T, d) whose gap is negative to the first d numbers of their slots in cache (blocks, block_size, H, 2 d_head).
+
+    The heads of one slot must lie one after another. slots (T,): negative for padding.
+    """
+    if len(slots):
+        width = hidden.shape[1]
+        keep_kernel[(len(slots),)](
+            hidden, gaps, slots, cache, hidden.stride(0), *cache.stride()[:2], PAGE=cache.shape[1], WIDTH=width,
+            PAD=triton.next_power_of_2(width),
+        )  # fmt: skip

@@ -20,11 +20,11 @@ from vllm.model_executor.layers.attention import Attention
 
 from hstu_lab import ops
 from hstu_lab.config import ModelConfig
-from hstu_lab.model import TOKEN_COLUMNS, EventEncoder, HSTUStack
+from hstu_lab.model import TOKEN_COLUMNS, EventEncoder, HSTUStack, TaskHeads
 from hstu_lab.ops import reference
 from hstu_lab.tokens import level_seconds, unpack
 from hstu_lab.vllm_plugin.attention import HSTUAttentionBackend
-from hstu_lab.vllm_plugin.candidates import strip
+from hstu_lab.vllm_plugin.candidates import MARKS, strip
 from hstu_lab.vllm_plugin.slots import CANDIDATE, Slots
 
 _BASE = 256
@@ -39,6 +39,7 @@ class HSTUPretrainedConfig(PretrainedConfig):
         self.hstu = hstu or {}
         if hstu:  # a checkpoint written by a release with fewer columns serves as well
             kwargs["hidden_size"] = hstu["d_model"] + TOKEN_COLUMNS
+            kwargs["max_position_embeddings"] = hstu["max_seq_len"] + MARKS  # candidates all stand at one position
         super().__init__(**kwargs)
 
     @property
@@ -95,7 +96,9 @@ class HSTUForRecommendation(nn.Module):
         self.tables = DeviceTables(config)
         self.encoder = EventEncoder(config)
         self.stack = HSTUStack(config, self.ops)
+        self.heads = TaskHeads(config)
         self.slots = Slots(self.ops)
+        self.slots.task_logits = self.task_logits
         self.attention = nn.ModuleList(
             Attention(
                 config.num_heads, config.d_qk, config.d_qk**-0.5, cache_config=vllm_config.cache_config,
@@ -139,7 +142,14 @@ class HSTUForRecommendation(nn.Module):
             attention = self.attention[layer]
             return attention.impl.attend(q, k, v, attention.kv_cache, metadata)
 
-        return self.stack(x.contiguous(), attend)
+        hidden = self.stack(x.contiguous(), attend)
+        if metadata is not None:
+            self.slots.keep_candidates(hidden, gaps, metadata, self.attention[-1].kv_cache)
+        return hidden
+
+    def task_logits(self, slots: Tensor) -> Tensor:
+        """Logits (S, 3) of the tasks for the candidates in those slots (S,)."""
+        return self.heads(self.slots.kept(slots, self.attention[-1].kv_cache, self.config.d_model)).float()
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Next-item logits (T, num_items): cosine / temperature, -inf for ids that name no item."""
@@ -152,12 +162,10 @@ class HSTUForRecommendation(nn.Module):
         return scores.masked_fill(~self.known_items, -torch.inf)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Copy a checkpoint's tensors; the task heads stay outside the engine. Raises ValueError on a name it does not know."""
+        """Copy a checkpoint's tensors. Raises ValueError on a name that the model does not know."""
         own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         loaded = set()
         for name, tensor in weights:
-            if name.startswith("heads."):
-                continue
             target = name.replace("tables.store.collection.", "tables.")
             if target not in own:
                 raise ValueError(f"checkpoint tensor {name} is unknown to the model: it was written by another release")

@@ -6,6 +6,8 @@ everything is worked out on the device: a step waits for nothing and can be repl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,12 +18,14 @@ CANDIDATE = -1
 class Slots:
     """gaps, items int32 and times int64, each (blocks, block_size), made anew where the cache has another shape.
 
-    `step` is the metadata of the step that runs, for what happens after the layers. `ops` is a module of `hstu_lab.ops`.
+    `step` is the metadata of the step that runs, for what happens after the layers; `task_logits` (the model's) scores what
+    lies in given slots. `ops` is a module of `hstu_lab.ops`.
     """
 
     def __init__(self, ops):
         self.fused = ops.name == "triton"
         self.step = None
+        self.task_logits: Callable[[Tensor], Tensor] | None = None
         self.gaps: Tensor | None = None
 
     def _fit(self, cache: Tensor) -> None:
@@ -45,9 +49,8 @@ class Slots:
 
             metadata.query_times = torch.empty(len(gaps), dtype=torch.int64, device=gaps.device)
             metadata.history_lens = torch.empty_like(metadata.seq_lens)
-            note_tokens(
-                gaps, items, metadata.slots, *where, self.gaps, self.items, self.times, metadata.query_times, metadata.history_lens
-            )
+            slots = self.gaps, self.items, self.times
+            note_tokens(gaps, items, metadata.slots, *where, *slots, metadata.query_times, metadata.history_lens)
         else:
             written = metadata.slots >= 0
             slots = metadata.slots[written]
@@ -96,3 +99,21 @@ class Slots:
         written = slots >= 0
         rows = torch.cat([k[: len(slots)], v[: len(slots)]], dim=-1)
         cache.flatten(0, 1)[slots[written]] = rows[written].to(cache.dtype)
+
+    def keep_candidates(self, hidden: Tensor, gaps: Tensor, metadata, cache: Tensor) -> None:
+        """Final hidden states (T, d) of candidates to the last layer's cache, where their keys and values have served.
+
+        So they outlive the step: vLLM may cut one request's candidates into several.
+        """
+        if self.fused:
+            from hstu_lab.ops.triton_kv_write import keep_candidates
+
+            keep_candidates(hidden, gaps, metadata.slots, cache)
+            return
+        kept = (metadata.slots >= 0) & (gaps[: len(metadata.slots)] < 0)
+        cache.view(-1, cache[0, 0].numel())[metadata.slots[kept], : hidden.shape[1]] = hidden[: len(kept)][kept].to(cache.dtype)
+
+    @staticmethod
+    def kept(slots: Tensor, cache: Tensor, width: int) -> Tensor:
+        """What `keep_candidates` left in those slots (S,): (S, width)."""
+        return cache.view(-1, cache[0, 0].numel())[slots, :width]
