@@ -15,6 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 
@@ -25,6 +31,7 @@ from hstu_lab.ops import reference
 from hstu_lab.tokens import level_seconds, unpack
 from hstu_lab.vllm_plugin.attention import HSTUAttentionBackend
 from hstu_lab.vllm_plugin.candidates import MARKS, strip
+from hstu_lab.vllm_plugin.parallel import ParallelOps, own_heads, own_part
 from hstu_lab.vllm_plugin.slots import CANDIDATE, Slots
 
 _BASE = 256
@@ -93,15 +100,19 @@ class HSTUForRecommendation(nn.Module):
             raise ValueError(f"d_qk is {config.d_qk} and d_v {config.d_v}: vLLM's cache wants them equal")
         self.config = config
         self.ops = ops.get(vllm_config.additional_config.get("ops", "reference"))
+        self.gpus, self.gpu = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+        if self.gpus > 1:
+            self.ops = ParallelOps(self.ops, tensor_model_parallel_all_gather, tensor_model_parallel_all_reduce)
+        own = own_heads(config, self.gpus)
         self.tables = DeviceTables(config)
         self.encoder = EventEncoder(config)
-        self.stack = HSTUStack(config, self.ops)
+        self.stack = HSTUStack(own, self.ops)
         self.heads = TaskHeads(config)
         self.slots = Slots(self.ops)
         self.slots.task_logits = self.task_logits
         self.attention = nn.ModuleList(
             Attention(
-                config.num_heads, config.d_qk, config.d_qk**-0.5, cache_config=vllm_config.cache_config,
+                own.num_heads, own.d_qk, own.d_qk**-0.5, cache_config=vllm_config.cache_config,
                 prefix=f"{prefix}.layers.{i}.attention".lstrip("."), attn_backend=HSTUAttentionBackend,
                 hstu_layer=layer, ops=self.ops, divisor=config.max_seq_len, slots=self.slots,
             )
@@ -163,13 +174,13 @@ class HSTUForRecommendation(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Copy a checkpoint's tensors. Raises ValueError on a name that the model does not know."""
-        own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        parameters = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         loaded = set()
         for name, tensor in weights:
             target = name.replace("tables.store.collection.", "tables.")
-            if target not in own:
+            if target not in parameters:
                 raise ValueError(f"checkpoint tensor {name} is unknown to the model: it was written by another release")
-            own[target].data.copy_(tensor)
+            parameters[target].data.copy_(own_part(target, tensor, self.config, self.gpu, self.gpus))
             loaded.add(target)
         self.item_matrix.copy_(F.normalize(self.tables.embeddings["item"].weight.float(), dim=-1))
         return loaded
