@@ -1,21 +1,41 @@
 """Measure the vLLM engine on the GPU that is here and write what was seen to data/measured/<device>/vllm_*.json.
 
-    python -m hstu_lab.vllm_bench [step] [slate] [load] [candidates] [--out FOLDER]
+    python -m hstu_lab.vllm_bench [step] [candidates] [load] [--out FOLDER] [--replicas 1 4] [--seconds 1.5]
 
-Weights are random (times do not depend on them) and made here; users and items are drawn from a seed.
+Weights are random (times do not depend on them) and made here; users and items are drawn from a seed. Every figure of an
+engine stands beside the null model's, whose forward pass does nothing: what is left is the host's share.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
+import multiprocessing
+import os
 import pathlib
+import random
+import statistics
+import tempfile
+import time
+import traceback
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
+from hstu_lab import measure
 from hstu_lab.config import ModelConfig, preset
+from hstu_lab.measure import Measurement, Record
 from hstu_lab.model import EventEncoder, HSTUStack, SavedConfig, TaskHeads
+from hstu_lab.vllm_engine import ENVIRONMENT, Engine, EngineOptions
+from hstu_lab.vllm_load import TASKS, Cell, Users, closed_loop, fill, open_loop
+
+HISTORIES = (128, 256, 512, 1024)
+OPTIONS = EngineOptions(
+    kv_cache_memory_bytes=12 << 30, block_size=16, max_num_seqs=256, max_num_batched_tokens=8192, dtype="bfloat16", ops="triton",
+    cuda_graphs="FULL_DECODE_ONLY", prompt_embeds=False, micro_batch=512,
+)  # fmt: skip
 
 
 def serving_config(name: str = "gr-3b", **changes) -> ModelConfig:
@@ -41,3 +61,327 @@ def random_checkpoint(config: ModelConfig, folder: pathlib.Path, dtype: torch.dt
     save_file(tensors, folder / "model.safetensors", metadata={"config": config.to_json(), "format": "pt"})
     (folder / "config.json").write_text(json.dumps(SavedConfig(config).to_dict(), indent=1) + "\n")
     return folder
+
+
+def make_null() -> None:
+    """From now on engines of this process run a model that does nothing but note its tokens: the host's work stays whole."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from vllm.forward_context import get_forward_context
+
+    from hstu_lab.vllm_plugin.modeling import HSTUForRecommendation
+
+    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None) -> Tensor:
+        metadata = get_forward_context().attn_metadata
+        if metadata is not None:
+            metadata = metadata[self.attention[0].layer_name]
+            items = input_ids[: metadata.num_tokens] % self.config.num_items
+            self.slots.note(torch.zeros_like(items), items, metadata, self.attention[0].kv_cache)
+        return self.item_matrix[:1].expand(len(input_ids), -1)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        return self.known_items.float().expand(len(hidden_states), -1).clone()
+
+    HSTUForRecommendation.forward, HSTUForRecommendation.compute_logits = forward, compute_logits
+
+
+def runner_of(engine: Engine):
+    """vLLM's model runner, in this process."""
+    return engine.engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def random_histories(config: ModelConfig, count: int, length: int, seed: int) -> list[list[int]]:
+    users = Users(config, Cell("topk", length, 0.0), 1, seed)
+    return [users._events(length) for _ in range(count)]
+
+
+# ---- one engine, one step
+
+
+def seconds_of(run, repeats: int) -> tuple[float, ...]:
+    samples = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        samples.append(time.perf_counter() - start)
+    return tuple(samples)
+
+
+def decode_steps(engine: Engine, batch: int, history: int, steps: int = 40) -> tuple[float, ...]:
+    """Seconds of engine steps in which `batch` requests add one item each."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    core = engine.engine
+    for i, prompt in enumerate(random_histories(engine.config, batch, history, batch)):
+        params = SamplingParams(
+            temperature=0, max_tokens=steps + 6, logprobs=0, flat_logprobs=True, detokenize=False, ignore_eos=True,
+            extra_args={"seen": []}, output_kind=RequestOutputKind.FINAL_ONLY,
+        )  # fmt: skip
+        core.add_request(f"step-{batch}-{history}-{i}-{time.time_ns()}", {"prompt_token_ids": prompt}, params)
+    for _ in range(4):
+        core.step()
+    samples = seconds_of(core.step, steps)
+    while core.has_unfinished_requests():
+        core.step()
+    return samples
+
+
+def graph_replays(engine: Engine) -> dict[int, tuple[float, ...]]:
+    """Seconds of one replay of the captured decode graphs, by batch; the inputs are those of the last step."""
+    found = {}
+    for descriptor, entry in getattr(runner_of(engine).model, "concrete_cudagraph_entries", {}).items():
+        if entry.cudagraph is None or descriptor.num_tokens not in (1, 8, 64):
+            continue
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(31)]
+        events[0].record()
+        for event in events[1:]:
+            for _ in range(10):
+                entry.cudagraph.replay()
+            event.record()
+        torch.cuda.synchronize()
+        found[descriptor.num_tokens] = tuple(a.elapsed_time(b) / 1e4 for a, b in zip(events, events[1:]))
+    return found
+
+
+def step(record: Record, folder: pathlib.Path, null: bool) -> None:
+    """A decode step through the engine and as graph replay; a slate and a topk for one user alone."""
+    suffix = " null" if null else ""
+    with Engine(folder, OPTIONS) as engine:
+        config = engine.config
+        for task, k in TASKS.items():
+            getattr(engine, task)(random_histories(config, 8, 512, 1), [[]] * 8, k)
+        for batch in (1, 8, 64):
+            samples = decode_steps(engine, batch, 512)
+            record.measurements.append(Measurement(f"engine step B={batch} N=512{suffix}", samples))
+            print(record.measurements[-1], flush=True)
+            if batch == 8:
+                for size, replays in {} if null else graph_replays(engine).items():
+                    if size == batch:  # the graph's inputs are those of the batch that ran last
+                        record.measurements.append(Measurement(f"graph replay B={size} N=512", replays, 10, "cuda events"))
+                        print(record.measurements[-1], flush=True)
+        for task, k in TASKS.items():
+            prompts = iter(random_histories(config, 40, 512, 3))
+            send = getattr(engine, task)
+            alone = seconds_of(lambda: send([next(prompts)], [[]], k), 40)  # noqa: B023
+            record.measurements.append(Measurement(f"{task} alone N=512{suffix}", alone))
+            print(record.measurements[-1], flush=True)
+
+
+# ---- candidates
+
+
+@torch.inference_mode()
+def candidates(record: Record, folder: pathlib.Path) -> None:
+    """512 candidates after 1,024 events, three ways, as graph replays of the stack and through the engine; and the scores."""
+    from hstu_lab.model import KVCache
+    from hstu_lab.ops import triton_ops
+
+    config, history, count, micro = serving_config(), 1024, 512, 64
+    generator = torch.Generator("cuda").manual_seed(0)
+    stack = HSTUStack(config, triton_ops).cuda().bfloat16()
+    for name, parameter in stack.named_parameters():
+        if "bias" in name:
+            nn.init.normal_(parameter, std=0.02, generator=generator)
+    x = torch.randn(history + count, config.d_model, device="cuda", generator=generator).bfloat16()
+    times = torch.arange(history + count, device="cuda").clamp(max=history - 1) * 60
+    cache = KVCache(config, 1, device="cuda", dtype=torch.bfloat16)
+    ends = torch.tensor([0, history], device="cuda")
+    stack.paged(x[:history], ends, times[:history], cache)
+
+    def part(first: int, size: int) -> Tensor:
+        ends = torch.tensor([0, size], device="cuda")
+        rows = slice(history + first, history + first + size)
+        return lambda: stack.paged(x[rows], ends, times[rows], cache, as_candidates=True)
+
+    whole = torch.tensor([0, history + count], device="cuda")
+    number = torch.tensor([count], device="cuda")
+    short = torch.tensor([0, history + micro], device="cuda")
+    of_short = torch.tensor([micro], device="cuda")
+
+    def one_pass() -> Tensor:
+        return stack.jagged(x, whole, times, number)[history:]
+
+    def again_per_micro_batch() -> None:
+        for _ in range(count // micro):
+            stack.jagged(x[: history + micro], short, times[: history + micro], of_short)
+
+    cached, micro_batches = part(0, count), [part(first, micro) for first in range(0, count, micro)]
+    expected, got = one_pass().float(), cached().float()
+    record.data["hidden states: cached against one pass, relative error"] = ((got - expected).norm() / expected.norm()).item()
+    ways = {
+        "one pass": one_pass, "cached": cached, "cached micro-batches of 64": lambda: [run() for run in micro_batches],
+        "history again per micro-batch of 64": again_per_micro_batch,
+    }  # fmt: skip
+    for name, run in ways.items():
+        record.measurements.append(measure.measure(run, name=f"stack 512 candidates N=1024 {name}", repeats=20, cuda_graph=True))
+        print(record.measurements[-1], flush=True)
+    del stack, cache
+    with Engine(folder, OPTIONS) as engine:
+        prompts = random_histories(config, 30, history, 7)
+        items = [random.Random(i).sample(range(1, config.num_items), count) for i in range(10)]
+        engine.score(prompts[:1], items[:1])
+        for size in (512, 64):
+            engine.micro_batch = size
+            turn = iter(items)
+            samples = seconds_of(lambda: engine.score(prompts[:1], [next(turn)]), 10)  # noqa: B023
+            record.measurements.append(Measurement(f"engine 512 candidates N=1024 cached micro={size}", samples))
+        engine.micro_batch, fresh = 512, iter(prompts[1:])
+        samples = seconds_of(lambda: engine.score([next(fresh)], items[:1]), 10)
+        record.measurements.append(Measurement("engine 512 candidates N=1024 one pass", samples))
+
+        def again() -> None:
+            for first in range(0, count, micro):
+                engine.reset_prefix_cache()
+                engine.score(prompts[:1], [items[0][first : first + micro]])
+
+        record.measurements.append(Measurement("engine 512 candidates N=1024 history again", seconds_of(again, 5)))
+        for name in ("cached micro=512", "cached micro=64", "one pass", "history again"):
+            print(record[f"engine 512 candidates N=1024 {name}"], flush=True)
+        cached = engine.score(prompts[:1], items[:1])[0]
+        engine.reset_prefix_cache()
+        fresh = engine.score(prompts[:1], items[:1])[0]
+        record.data["engine scores: cached against not cached, largest difference"] = (cached - fresh).abs().max().item()
+    print(json.dumps(record.data, indent=1), flush=True)
+
+
+# ---- load on one or more replicas
+
+
+def replica(connection, folder: pathlib.Path, options: EngineOptions, null: bool, seed: int, warm_users: int) -> None:
+    """One engine in a process of its own; runs the cells it is sent, at the moment it is told."""
+    try:
+        if null:
+            make_null()
+        with Engine(folder, options) as engine:
+            longest = min(512, engine.config.max_history)
+            for task, k in TASKS.items():
+                getattr(engine, task)(random_histories(engine.config, 64, longest, seed), [[]] * 64, k)
+            connection.send("ready")
+            while (order := connection.recv()) is not None:
+                cell, rate, in_flight, seconds = order
+                users = Users(engine.config, cell, warm_users, seed)
+                fill(engine, cell, users)
+                connection.send("filled")
+                time.sleep(max(connection.recv() - time.time(), 0))
+                if rate is None:
+                    connection.send(closed_loop(engine, cell, users, in_flight, seconds))
+                else:
+                    connection.send(open_loop(engine, cell, users, rate, seconds, seed))
+                if not cell.warm:
+                    engine.reset_prefix_cache()
+    except Exception:
+        traceback.print_exc()
+        connection.send("failed")
+
+
+class Replicas:
+    """Engines of one GPU, each in its own process, that start a load together."""
+
+    def __init__(self, count: int, folder: pathlib.Path, options: EngineOptions, null: bool = False, warm_users: int = 128):
+        context = multiprocessing.get_context("spawn")
+        self.pipes, self.processes = [], []
+        for i in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=replica, args=(theirs, folder, options, null, i, warm_users), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def wait(self, word: str, seconds: float = 150) -> None:
+        for pipe in self.pipes:
+            said = pipe.recv() if pipe.poll(seconds) else "nothing"
+            if said != word:
+                raise RuntimeError(f"a replica said {said!r}, not {word!r}: see its messages above")
+
+    def run(self, cell: Cell, seconds: float, rate: float | None = None, in_flight: int = 128) -> dict:
+        """Requests a second of all replicas together and percentiles of the latency; `rate` asks for open-loop load."""
+        share = None if rate is None else rate / len(self.pipes)
+        for pipe in self.pipes:
+            pipe.send((cell, share, in_flight, seconds))
+        self.wait("filled")
+        for pipe in self.pipes:
+            pipe.send(time.time() + 0.1)
+        outcomes = [pipe.recv() for pipe in self.pipes]
+        if "failed" in outcomes:
+            raise RuntimeError("a replica failed")
+        latencies = sorted(x for outcome in outcomes for x in outcome.latencies)
+        at = lambda p: latencies[min(int(p * len(latencies)), len(latencies) - 1)] if latencies else float("nan")  # noqa: E731
+        return {
+            "requests/s": sum(len(o.latencies) / o.seconds for o in outcomes), "requests": len(latencies), "p50 s": at(0.5),
+            "p95 s": at(0.95), "p99 s": at(0.99), "cached": statistics.mean(o.cached for o in outcomes),
+            **({} if rate is None else {"offered/s": rate}),
+        }  # fmt: skip
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            with contextlib.suppress(OSError):
+                pipe.send(None)
+        for process in self.processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+
+
+def load(
+    record: Record, folder: pathlib.Path, counts: list[int], seconds: float, options: EngineOptions = OPTIONS,
+    histories: tuple[int, ...] = HISTORIES, out: pathlib.Path | None = None,
+) -> None:  # fmt: skip
+    """The table: requests/s of every cell with every number of replicas, the null model's, and half the best as open loop.
+
+    Written to the record after every group, so that what was seen is kept where the time runs out.
+    """
+    cells = [Cell(task, history, warm) for history in histories for task in TASKS for warm in (0.0, 0.9)]
+    most = max(counts)
+    groups = {str(count): Replicas(count, folder, options) for count in counts}
+    groups["null"] = Replicas(most, folder, options, null=True)
+    table = record.data.setdefault("table", {str(cell): {} for cell in cells})
+
+    def run(name: str, key: str, cell: Cell, **how) -> None:
+        seen = table[str(cell)][key] = groups[name].run(cell, **how)
+        print(f"{cell!s:30s} {key:8s} {seen['requests/s']:8.0f}/s  p50 {1e3 * seen['p50 s']:7.1f} ms  p99 {1e3 * seen['p99 s']:7.1f} ms"
+              f"  cached {seen['cached']:.2f}", flush=True)  # fmt: skip
+
+    for name, group in groups.items():
+        try:
+            group.wait("ready")
+            for cell in cells:
+                run(name, name, cell, seconds=seconds)
+            if name == str(most):
+                for cell in cells:
+                    run(name, "half", cell, seconds=max(seconds, 2.0), rate=table[str(cell)][name]["requests/s"] / 2)
+        except Exception as error:  # the other groups may do better
+            record.data.setdefault("failed", {})[name] = repr(error)
+            print(name, repr(error), flush=True)
+        group.close()
+        measure.write_record(record, out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="part", help="some of step, null, candidates, load; default: all")
+    parser.add_argument("--out", type=pathlib.Path, default=None, help="folder for the records (default: data/measured)")
+    parser.add_argument("--replicas", type=int, nargs="+", default=[1, 4], help="engines on the GPU under load")
+    parser.add_argument("--seconds", type=float, default=1.5, help="length of one load")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = random_checkpoint(serving_config(), pathlib.Path(temporary) / "gr-3b", torch.bfloat16)
+        for part in arguments.parts or ("step", "candidates", "load"):
+            print(f"--- {part}", flush=True)
+            record = Record.here(f"vllm_{part}", command=f"python -m hstu_lab.vllm_bench {part}")
+            if part == "step":
+                step(record, folder, null=False)
+            elif part == "null":
+                make_null()
+                step(record, folder, null=True)
+            elif part == "candidates":
+                candidates(record, folder)
+            elif part == "load":
+                load(record, folder, arguments.replicas, arguments.seconds, out=arguments.out)
+            else:
+                parser.error(f"unknown part {part!r}: use some of step, null, candidates, load")
+            measure.write_record(record, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

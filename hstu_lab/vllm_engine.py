@@ -109,9 +109,8 @@ class Engine:
             from vllm.platforms import current_platform
 
             memory = {} if current_platform.is_cpu() else {"gpu_memory_utilization": 0.05}  # of which the cache is not part
-            if current_platform.is_cpu():
-                # vLLM compiles two tiny sampling functions with Inductor: seconds of a first request, and a C++ compiler.
-                current_platform.simple_compile_backend = "eager"
+            # vLLM compiles two tiny sampling functions with Inductor: seconds of a first request, and a C++ compiler.
+            current_platform.simple_compile_backend = "eager"
             from vllm import EngineArgs
             from vllm.v1.engine.llm_engine import LLMEngine
         except ImportError as error:

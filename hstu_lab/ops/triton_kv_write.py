@@ -6,7 +6,6 @@ The oracle of each is in `hstu_lab.vllm_plugin.slots`, in plain PyTorch.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -129,7 +128,9 @@ def mask_items(logits: Tensor, block_table: Tensor, seq_lens: Tensor, slot_items
 
 
 @triton.jit
-def keep_kernel(Hidden, Gaps, Slots, Cache, hidden_row, c_page, c_slot, PAGE: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr):
+def keep_kernel(
+    Hidden, Gaps, Slots, Cache, hidden_row, c_page, c_slot, PAGE: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr
+):
     """One token a program: a candidate's hidden state to the front of its slot."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(Slots + token).to(tl.int64)
