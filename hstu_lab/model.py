@@ -144,23 +144,34 @@ class HSTUStack(nn.Module):
 
         return self(x, attend)
 
-    def jagged(self, x: Tensor, offsets: Tensor, times: Tensor | None, num_candidates: Tensor | None = None) -> Tensor:
-        """Jagged x (T, d_model), offsets (B + 1,), times (T,); the last num_candidates (B,) rows of each are candidates."""
+    def jagged(
+        self, x: Tensor, offsets: Tensor, times: Tensor | None, num_candidates: Tensor | None = None, max_len: int | None = None
+    ) -> Tensor:
+        """Jagged x (T, d_model), offsets (B + 1,), times (T,); the last num_candidates (B,) rows of each are candidates.
+
+        `max_len` bounds the rows of a sequence; without it the number is read back from the device, once for all layers.
+        """
+        max_len = int(offsets.diff().max()) if max_len is None else max_len
 
         def attend(_, q, k, v, bias):
             return self.ops.attention_jagged(
                 q, k, v, offsets, divisor=self.config.max_seq_len, bias=bias, times=times, num_candidates=num_candidates,
-                num_context=self.config.num_context,
+                num_context=self.config.num_context, max_len=max_len,
             )  # fmt: skip
 
         return self(x, attend)
 
-    def paged(self, x: Tensor, offsets: Tensor, times: Tensor, cache: KVCache, as_candidates: bool = False) -> Tensor:
+    def paged(
+        self, x: Tensor, offsets: Tensor, times: Tensor, cache: KVCache, as_candidates: bool = False,
+        max_queries: int | None = None,
+    ) -> Tensor:  # fmt: skip
         """New tokens x (T, d_model) of the cache's sequences, offsets (B + 1,), times (T,) -> (T, d_model).
 
         Ordinary tokens are written to the cache, which grows by them; with `as_candidates` nothing is written.
+        `max_queries` bounds the new tokens of a sequence; without it the number is read back from the device, once for all layers.
         """
-        slots = None if as_candidates else cache.append(offsets, times)
+        max_queries = int(offsets.diff().max()) if max_queries is None else max_queries
+        slots = None if as_candidates else cache.append(offsets, times, max_queries)
 
         def attend(layer, q, k, v, bias):
             if slots is not None:
@@ -168,7 +179,7 @@ class HSTUStack(nn.Module):
             return self.ops.attention_paged(
                 q, cache.keys[layer], cache.values[layer], cache.block_table, offsets, cache.seq_lens,
                 divisor=self.config.max_seq_len, bias=bias, query_times=times, slot_times=cache.times,
-                candidates=(k, v) if as_candidates else None, num_context=self.config.num_context,
+                candidates=(k, v) if as_candidates else None, num_context=self.config.num_context, max_queries=max_queries,
             )  # fmt: skip
 
         return self(x, attend)
@@ -192,24 +203,30 @@ class KVCache:
         self.block_table = torch.arange(blocks, device=device).view(batch, per_sequence)
         self.seq_lens = torch.zeros(batch, dtype=torch.int64, device=device)
         self.last_times = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.at_most = 0
 
-    def append(self, offsets: Tensor, times: Tensor) -> Tensor:
+    def append(self, offsets: Tensor, times: Tensor, max_new: int | None = None) -> Tensor:
         """Make room for offsets.diff() more tokens a sequence and note their times; returns their slots (T,).
 
-        Raises ValueError where a sequence would outgrow max_seq_len.
+        `max_new` bounds them. The device is asked for the lengths only where a bound kept on the host, `at_most`, says that a
+        sequence might outgrow max_seq_len; raises ValueError where one would. A CUDA graph that replays this moves seq_lens
+        on, but not that bound: whoever replays counts for themselves.
         """
         counts = offsets.diff()
-        if int((self.seq_lens + counts).max()) > self.max_seq_len:
-            raise ValueError(
-                f"a sequence would hold {int((self.seq_lens + counts).max())} tokens, max_seq_len is {self.max_seq_len}"
-            )
-        row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        self.at_most += len(times) if max_new is None else max_new
+        if self.at_most > self.max_seq_len:
+            self.at_most = int((self.seq_lens + counts).max())
+            if (longest := self.at_most) > self.max_seq_len:
+                self.at_most = int(self.seq_lens.max())
+                raise ValueError(f"a sequence would hold {longest} tokens, max_seq_len is {self.max_seq_len}")
+        row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=len(times))
         position = torch.arange(len(row), device=row.device) - offsets[row] + self.seq_lens[row]
         slots = self.block_table[row, position // self.block_size] * self.block_size + position % self.block_size
         self.times.view(-1)[slots] = times
         filled = counts > 0
-        self.last_times = torch.where(filled, times[(offsets[1:] - 1).clamp(min=0)], self.last_times)
-        self.seq_lens = self.seq_lens + counts
+        # In place, so that a CUDA graph of this can be replayed.
+        self.last_times.copy_(torch.where(filled, times[(offsets[1:] - 1).clamp(min=0)], self.last_times))
+        self.seq_lens += counts
         return slots
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
@@ -249,13 +266,15 @@ class HSTU(nn.Module):
         known = torch.ones(config.num_items, dtype=torch.bool)
         known[0] = False
         self.register_buffer("known_items", known)
+        seconds = torch.tensor(level_seconds(config.num_time_levels))
+        self.register_buffer("level_seconds", seconds, persistent=False)
+        self.register_buffer("level_buckets", reference.time_bucket(seconds, config.num_time_buckets), persistent=False)
 
     # ---- tokens to vectors
 
     def gap_bucket(self, level: Tensor) -> Tensor:
         """Time bucket (same shape) of quantised gaps `level` (...) int64."""
-        seconds = torch.tensor(level_seconds(self.config.num_time_levels), device=level.device)
-        return reference.time_bucket(seconds, self.config.num_time_buckets)[level]
+        return self.level_buckets[level]
 
     def embed(self, tokens: Tensor, offsets: Tensor) -> Tensor:
         """tokens (T,) int64, offsets (B + 1,) -> the stack's input (T, d_model)."""
@@ -264,17 +283,19 @@ class HSTU(nn.Module):
 
     def times(self, tokens: Tensor, offsets: Tensor, start: Tensor | None = None) -> Tensor:
         """Seconds (T,) int64 at which each token happened: `start` (B,) plus its sequence's gaps so far."""
-        seconds = torch.tensor(level_seconds(self.config.num_time_levels), device=tokens.device)
-        running = torch.cat([tokens.new_zeros(1), seconds[unpack(tokens, self.config)[2]].cumsum(0)])
+        running = torch.cat([tokens.new_zeros(1), self.level_seconds[unpack(tokens, self.config)[2]].cumsum(0)])
         origin = running[offsets[:-1]] - (0 if start is None else start)
-        return running[1:] - torch.repeat_interleave(origin, offsets.diff())
+        return running[1:] - torch.repeat_interleave(origin, offsets.diff(), output_size=len(tokens))
 
     # ---- the three passes
 
-    def jagged(self, tokens: Tensor, offsets: Tensor, num_candidates: Tensor | None = None) -> Tensor:
-        """Hidden states (T, d_model) of jagged tokens (T,); the last num_candidates (B,) of each sequence are candidates."""
+    def jagged(self, tokens: Tensor, offsets: Tensor, num_candidates: Tensor | None = None, max_len: int | None = None) -> Tensor:
+        """Hidden states (T, d_model) of jagged tokens (T,); the last num_candidates (B,) of each sequence are candidates.
+
+        With `max_len`, a bound on the tokens of a sequence, nothing here waits for the device.
+        """
         x, times = self.embed(tokens, offsets), self.times(tokens, offsets)
-        return self.stack.jagged(x, offsets, times, num_candidates)
+        return self.stack.jagged(x, offsets, times, num_candidates, max_len)
 
     def dense(self, tokens: Tensor, offsets: Tensor) -> Tensor:
         """Hidden states (B, longest, d_model) of the same tokens, right-padded; rows beyond a length are meaningless."""
@@ -283,15 +304,19 @@ class HSTU(nn.Module):
         times = reference.jagged_to_dense(self.times(tokens, offsets), offsets, length)
         return self.stack.dense(x, offsets.diff(), times)
 
-    def extend(self, tokens: Tensor, offsets: Tensor, cache: KVCache) -> Tensor:
-        """Hidden states (T, d_model) of new tokens after those in `cache`: prefill, extend and decode are all this."""
-        times = self.times(tokens, offsets, cache.last_times)
-        return self.stack.paged(self.embed(tokens, offsets), offsets, times, cache)
+    def extend(self, tokens: Tensor, offsets: Tensor, cache: KVCache, max_queries: int | None = None) -> Tensor:
+        """Hidden states (T, d_model) of new tokens after those in `cache`: prefill, extend and decode are all this.
 
-    def score_candidates(self, tokens: Tensor, offsets: Tensor, cache: KVCache) -> Tensor:
+        With `max_queries`, a bound on the new tokens of a sequence, the kernels wait for nothing.
+        """
+        times = self.times(tokens, offsets, cache.last_times)
+        return self.stack.paged(self.embed(tokens, offsets), offsets, times, cache, max_queries=max_queries)
+
+    def score_candidates(self, tokens: Tensor, offsets: Tensor, cache: KVCache, max_queries: int | None = None) -> Tensor:
         """Hidden states (T, d_model) of candidate tokens (T,) against the cached histories; the cache stays as it is."""
         times = self.times(tokens, offsets, cache.last_times)
-        return self.stack.paged(self.embed(tokens, offsets), offsets, times, cache, as_candidates=True)
+        x = self.embed(tokens, offsets)
+        return self.stack.paged(x, offsets, times, cache, as_candidates=True, max_queries=max_queries)
 
     def rank(self, tokens: Tensor, offsets: Tensor, candidates: Tensor) -> Tensor:
         """Task scores (B, C, 3) of candidate items (B, C) after the jagged histories (T,), in one masked pass."""

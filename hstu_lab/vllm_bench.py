@@ -33,8 +33,8 @@ from hstu_lab.vllm_load import TASKS, Cell, Users, closed_loop, fill, open_loop
 
 HISTORIES = (128, 256, 512, 1024)
 OPTIONS = EngineOptions(
-    kv_cache_memory_bytes=12 << 30, block_size=16, max_num_seqs=256, max_num_batched_tokens=8192, dtype="bfloat16", ops="triton",
-    cuda_graphs="FULL_DECODE_ONLY", prompt_embeds=False, micro_batch=512,
+    kv_cache_memory_bytes=8 << 30, block_size=32, max_num_seqs=256, max_num_batched_tokens=8192, dtype="bfloat16", ops="triton",
+    cuda_graphs="FULL", prompt_embeds=False, micro_batch=512,
 )  # fmt: skip
 
 
@@ -362,6 +362,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="part", help="some of step, null, candidates, load; default: all")
     parser.add_argument("--out", type=pathlib.Path, default=None, help="folder for the records (default: data/measured)")
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 4], help="engines on the GPU under load")
+    parser.add_argument("--histories", type=int, nargs="+", default=HISTORIES, help="events of a request under load")
     parser.add_argument("--seconds", type=float, default=1.5, help="length of one load")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -377,7 +378,7 @@ def main() -> None:
             elif part == "candidates":
                 candidates(record, folder)
             elif part == "load":
-                load(record, folder, arguments.replicas, arguments.seconds, out=arguments.out)
+                load(record, folder, arguments.replicas, arguments.seconds, histories=arguments.histories, out=arguments.out)
             else:
                 parser.error(f"unknown part {part!r}: use some of step, null, candidates, load")
             measure.write_record(record, arguments.out)

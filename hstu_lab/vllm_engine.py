@@ -66,8 +66,8 @@ class EngineError(RuntimeError):
 class EngineOptions:
     """How to run vLLM; see vLLM's engine arguments of the same names. kv_cache_memory_bytes sizes the paged cache.
 
-    `cuda_graphs` is NONE, FULL_DECODE_ONLY (steps in which every request adds one token are replayed) or FULL (steps of up to
-    512 tokens are, whatever their mixture). `prompt_embeds` lets prompts be tensors, which keeps the encoder out of the graphs.
+    `cuda_graphs` is NONE, FULL_DECODE_ONLY (steps in which every request adds one token are replayed) or FULL (all steps are,
+    whatever their mixture of prompts and single tokens). `prompt_embeds` lets prompts be tensors, which keeps the encoder out of the graphs.
     `micro_batch` is the most candidates that one request of vLLM scores.
     """
 
@@ -92,6 +92,12 @@ class Generated:
     items: list[int]
     logprobs: list[float]
     cached_tokens: int
+
+
+def graph_sizes(most: int) -> list[int]:
+    """Tokens of the steps that are captured as CUDA graphs, up to `most`; a step is padded to the next: by a third at worst."""
+    sizes = {1, most, *(2**i for i in range(1, 20)), *(3 * 2**i for i in range(2, 18))}
+    return sorted(size for size in sizes if size <= most)
 
 
 class Engine:
@@ -125,7 +131,11 @@ class Engine:
         self.micro_batch = min(arguments.pop("micro_batch"), (self.config.num_items - 1) // len(TASKS))
         arguments["additional_config"] = {"ops": arguments.pop("ops")}
         arguments["enable_prompt_embeds"] = arguments.pop("prompt_embeds")
-        arguments["compilation_config"] = {"mode": 0, "cudagraph_mode": arguments.pop("cuda_graphs")}
+        sizes = graph_sizes(options.max_num_batched_tokens if options.cuda_graphs == "FULL" else options.max_num_seqs)
+        graphs = arguments.pop("cuda_graphs")
+        arguments["compilation_config"] = {
+            "mode": 0, "cudagraph_mode": graphs, **({} if graphs == "NONE" else {"cudagraph_capture_sizes": sizes}),
+        }  # fmt: skip
         # vLLM wants a stdout with a file number; Jupyter's has none.
         global _open_engines
         with _STEP, contextlib.redirect_stdout(sys.__stdout__), _quiet():
@@ -180,7 +190,7 @@ class Engine:
             raise EngineError(f"candidates are table rows from 0 to {self.config.num_items - 1} after a prompt of tokens")
         params = SamplingParams(
             temperature=0, max_tokens=1, logprobs=candidates.columns(len(items)), flat_logprobs=True, detokenize=False,
-            ignore_eos=True, extra_args={"candidates": len(items)}, output_kind=RequestOutputKind.FINAL_ONLY,
+            ignore_eos=True, extra_args={"candidates": len(items)}, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True,
         )  # fmt: skip
         number = next(self._ids)
         body = {"prompt_token_ids": candidates.prompt(prompt, items, number, self.config)}
@@ -193,7 +203,7 @@ class Engine:
         missing = sorted(set(seen).difference(self._items(prompt)))
         params = SamplingParams(
             temperature=0, max_tokens=max_tokens, logprobs=logprobs, flat_logprobs=True, detokenize=False, ignore_eos=True,
-            extra_args={"seen": missing}, output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={"seen": missing}, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True,
         )  # fmt: skip
         body = {"prompt_embeds": prompt} if isinstance(prompt, Tensor) else {"prompt_token_ids": list(prompt)}
         room = self.config.max_seq_len - max_tokens + 1

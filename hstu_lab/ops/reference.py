@@ -136,11 +136,13 @@ def attention_candidates(q, k, v, lengths, num_history, *, divisor, bias=None, t
     return out.transpose(1, 2)
 
 
-def attention_jagged(q, k, v, offsets, *, divisor, bias=None, times=None, num_candidates=None, num_context=0):
+def attention_jagged(
+    q, k, v, offsets, *, divisor, bias=None, times=None, num_candidates=None, num_context=0, max_len=None
+):  # fmt: skip
     """Attention over jagged sequences. q, k (T, H, d), v (T, H, dv), offsets (B + 1,), times (T,) -> (T, H, dv).
 
     The last num_candidates[b] (B,) rows of a sequence are candidates: they see the history and themselves only, and all
-    stand at the position after the history.
+    stand at the position after the history. `max_len` bounds the length of a sequence: kernels want it, the oracle does not.
     """
     out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
     bounds = offsets.tolist()
@@ -172,11 +174,10 @@ def attention_paged(
 
     Without `candidates`, the queries are the last tokens of their sequence, already written to the cache. With
     `candidates` = (k, v) of shapes (T, H, d), (T, H, dv), every query is a candidate at position seq_lens[b]: it sees the
-    cached history and its own k and v.
+    cached history and its own k and v. `max_queries` bounds the queries of a sequence: kernels want it, the oracle does not.
 
     With `history_lens` (B,), the tokens of a sequence from history_lens[b] on are candidates that lie in the cache like any
-    other: each sees the history and itself, at position history_lens[b]. `max_queries` bounds the queries of one sequence for
-    kernels that must know it before they run.
+    other: each sees the history and itself, at position history_lens[b].
     """
     offsets, seq_lens = query_offsets.long(), seq_lens.long()
     counts = offsets.diff()

@@ -81,10 +81,10 @@ def time_bias_of(seconds, lut, PLAIN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["batch", "positions", "buckets", "origin", "table_len", "max_tiles", "max_tiles_k"])
 def prepare_kernel(
-    Position, TimeBias, Times, Offsets, NumCandidates, PositionTable, Steps, Lut, Relative, FastTiles, Lowest, Cells,
-    batch, position_head, time_head, positions, buckets, origin, table_len, max_tiles, max_tiles_k, scale,
+    Position, TimeBias, Times, Offsets, NumCandidates, PositionTable, Steps, Lut, Relative, FastTiles, Lowest, Bounds, Thresholds,
+    Cells, batch, position_head, time_head, positions, buckets, origin, table_len, max_tiles, max_tiles_k, scale,
     HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, HAS_CANDIDATES: tl.constexpr, LADDER: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, TABLE_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BISECT: tl.constexpr, CHUNK: tl.constexpr, TABLE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What `attention_kernel` wants of the bias, for all heads and tiles.
 
@@ -107,13 +107,13 @@ def prepare_kernel(
         if HAS_TIME:  # noqa: SIM102 - a compile-time and a run-time condition
             if tile == 0:
                 step = tl.arange(0, 256)
-                value = scale * tl.load(TimeBias + head * time_head + least(step, buckets - 1)).to(tl.float32)
+                value = 0.5 * tl.load(TimeBias + head * time_head + least(step, buckets - 1)).to(tl.float32)
                 tl.store(Steps + head * 256 + step, value)
                 cell = tl.arange(0, 1024)
                 entry = tl.load(Cells + least(cell, CELLS - 1))
                 bucket = (entry >> 32).to(tl.int32)
-                below = scale * tl.load(TimeBias + head * time_head + bucket).to(tl.float32)
-                above = scale * tl.load(TimeBias + head * time_head + least(bucket + 1, buckets - 1)).to(tl.float32)
+                below = 0.5 * tl.load(TimeBias + head * time_head + bucket).to(tl.float32)
+                above = 0.5 * tl.load(TimeBias + head * time_head + least(bucket + 1, buckets - 1)).to(tl.float32)
                 lut = Lut + (head * CELLS + cell) * 4
                 tl.store(lut, entry.to(tl.int32), mask=cell < CELLS)
                 tl.store(lut + 1, below.to(tl.int32, bitcast=True), mask=cell < CELLS)
@@ -140,24 +140,111 @@ def prepare_kernel(
                 k_time = tl.load(Times + start + least(columns, length - 1)) - first_time
                 k_least = tl.reduce(k_time, 1, least).to(tl.int32)
                 k_most = tl.reduce(k_time, 1, most).to(tl.int32)
-                in_order = q_least >= k_most
+                inner = tl.arange(0, BLOCK_N)[None, :] < BLOCK_N - 1
+                k_next = tl.load(Times + start + least(columns + 1, length - 1)) - first_time
+                rising = tl.reduce(tl.where(inner, k_next - k_time, 0), 1, least) >= 0
+                in_order = (q_least >= k_most) & rising
                 lowest = bucket_of(tl.where(in_order, q_least - k_most, 0), Cells)
                 highest = bucket_of(tl.where(in_order, q_most - k_least, 0), Cells)
-                slow = (q_least < k_most) | (highest - lowest > LADDER)
+                slow = (in_order == 0) | (highest - lowest > LADDER)
                 fast = least(fast, tl.reduce(tl.where(slow, least(tiles, full_tiles), full_tiles), 0, least))
                 where = Lowest + (b * max_tiles + tile) * max_tiles_k + tiles
                 tl.store(where, lowest + ((highest - lowest) << 8), mask=tiles < full_tiles)
+                # The keys of a tile come in order of time: where a row's bucket changes is a column, found by bisection.
+                crossed = tl.where((tiles < full_tiles) & (slow == 0), highest - lowest, 0)
+                busiest = tl.reduce(crossed, 0, most)
+                if busiest > 0:
+                    word = tl.full((CHUNK, BLOCK_M), 0, Bounds.dtype.element_ty)
+                    base = Times + start + tiles[:, None] * BLOCK_N
+                    for number in tl.static_range(0, LADDER):
+                        if busiest > number:
+                            inside = (crossed > number)[:, None]
+                            latest = q_time[None, :] - tl.load(Thresholds + lowest + number + 1)[:, None]
+                            passed = tl.full((CHUNK, BLOCK_M), 0, tl.int32)
+                            for halving in tl.static_range(1, BISECT + 1):
+                                k_at = tl.load(base + passed + ((BLOCK_N >> halving) - 1), mask=inside, other=0) - first_time
+                                passed += tl.where(k_at <= latest, BLOCK_N >> halving, 0)
+                            k_at = tl.load(base + passed, mask=inside, other=0) - first_time
+                            passed += tl.where(k_at <= latest, 1, 0)
+                            word += passed.to(Bounds.dtype.element_ty) << (8 * number)
+                    to = Bounds + ((b * max_tiles + tile) * max_tiles_k + tiles[:, None]).to(tl.int64) * BLOCK_M
+                    tl.store(to + tl.arange(0, BLOCK_M)[None, :], word, mask=(crossed > 0)[:, None])
             tl.store(FastTiles + b * max_tiles + tile, fast)
+
+
+@triton.jit
+def passed_by(bound, low, high, PLAIN: tl.constexpr):
+    """1 where bound > low + high, else 0."""
+    x = bound[:, None] - low[None, :]
+    if PLAIN:
+        return least(most(x - high[None, :], 0.0), 1.0)
+    else:
+        high = tl.broadcast_to(high[None, :], x.shape)
+        return tl.inline_asm_elementwise("sub.sat.f32 $0, $1, $2;", "=f,f,f", [x, high], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def position_pairs(p_rows, p_shift, p_columns, n0, PLAIN: tl.constexpr):
+    return position_bias_of((p_rows + n0 // 2)[:, None] + (p_columns[None, :] - p_shift[:, None]), PLAIN)
+
+
+@triton.jit
+def key_scores(
+    q, KTiles, k_tile, start, n0, head, k_row, dims, p_rows, p_shift, p_columns, D: tl.constexpr, D_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INIT: tl.constexpr, TMA: tl.constexpr, PLAIN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """q K^T (BLOCK_M, BLOCK_N) on top of the position bias."""
+    scores = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    if INIT:
+        scores = position_pairs(p_rows, p_shift, p_columns, n0, PLAIN)
+    if TMA:
+        k = KTiles.load([(start + n0).to(tl.int32), head * D]).T
+    else:
+        if D_PAD == D:
+            k = tl.load(k_tile + (start + n0) * k_row)
+        else:
+            k = tl.load(k_tile + (start + n0) * k_row, mask=dims[:, None] < D, other=0.0)
+    return tl.dot(q, k, scores, input_precision=PRECISION)
+
+
+@triton.jit
+def add_values(
+    weights, acc, VTiles, v_tile, start, n0, head, v_row, value_dims, DV: tl.constexpr, DV_PAD: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    if TMA:
+        v = VTiles.load([(start + n0).to(tl.int32), head * DV])
+    else:
+        if DV_PAD == DV:
+            v = tl.load(v_tile + (start + n0) * v_row)
+        else:
+            v = tl.load(v_tile + (start + n0) * v_row, mask=value_dims[None, :] < DV, other=0.0)
+    return tl.dot(weights, v, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def with_time(half, crossed, word, value, following, steps, low, high, LADDER: tl.constexpr, PLAIN: tl.constexpr):
+    """half + half the time bias: one number, and for each bucket boundary in the tile a step at each row's own column."""
+    half = half + value
+    for number in tl.static_range(0, LADDER):
+        if crossed > number:
+            if number > 0:
+                value = tl.load(steps + number)
+                following = tl.load(steps + number + 1)
+            bound = ((word >> (8 * number)) & 255).to(tl.float32)
+            half += (following - value) * passed_by(bound, low, high, PLAIN)
+    return half
 
 
 @triton.jit(do_not_specialize=["pairs", "heads", "max_tiles", "max_tiles_k", "origin", "table_len"])
 def attention_kernel(
-    Q, K, V, KTiles, VTiles, Out, Offsets, NumCandidates, Relative, FastTiles, Lowest, PositionTable, Steps, Lut, Thresholds,
+    Q, K, V, KTiles, VTiles, Out, Offsets, NumCandidates, Relative, FastTiles, Lowest, Bounds, PositionTable, Steps, Lut,
     q_row, q_head, k_row, k_head, v_row, v_head, pairs, heads, max_tiles, max_tiles_k, origin, table_len, half_scale, out_scale,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr, GROUP: tl.constexpr, NUM_CONTEXT: tl.constexpr, HAS_CANDIDATES: tl.constexpr,
     HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    PLAIN: tl.constexpr, LADDER: tl.constexpr,
+    PLAIN: tl.constexpr, LADDER: tl.constexpr, AFTER: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M queries of one (sequence, head) against all keys it may see, in tiles of BLOCK_N."""
     # Programs start in order of their number: the heaviest tiles first, in groups of heads whose keys fit in L2 together.
@@ -177,7 +264,8 @@ def attention_kernel(
         if HAS_CANDIDATES:
             history = length - tl.load(NumCandidates + b).to(tl.int32)
         start = start.to(tl.int64)
-        rows = m0 + tl.arange(0, BLOCK_M)
+        local = tl.arange(0, BLOCK_M)
+        rows = m0 + local
         position = least(rows, history)
         dims, value_dims = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
         columns = tl.arange(0, BLOCK_N)
@@ -190,65 +278,79 @@ def attention_kernel(
             row_tile = b * max_tiles + tile
             fast_end = tl.load(FastTiles + row_tile) * BLOCK_N
             lowest = Lowest + row_tile * max_tiles_k
-            q_time = tl.load(Relative + start + rows, mask=rows < length, other=0)
+            bounds = Bounds + row_tile.to(tl.int64) * (max_tiles_k * BLOCK_M)
+        else:
+            lowest = Offsets
+            bounds = Offsets
         key_end = least(history, m0 + BLOCK_M)
         if NUM_CONTEXT > 1:
             key_end = most(key_end, least(history, NUM_CONTEXT))
 
         if HAS_POSITION:
             # Pointer arithmetic in 64 bits, so that the compiler turns columns into immediate offsets of the loads.
-            odd = position & 1
-            p_rows = PositionTable.to(tl.pointer_type(tl.int64), bitcast=True) + head * table_len
-            p_rows += ((odd * (table_len + 1) + origin - position) // 2).to(tl.int64)
+            table = PositionTable.to(tl.pointer_type(tl.int64), bitcast=True) + head * table_len
+            p_shift = tl.full((BLOCK_M,), 0, tl.int64)
+            from_row = position
+            if not HAS_CANDIDATES:
+                # Rows 8 apart want the same pairs, 4 later: said so, the compiler loads them once.
+                upper = local & 8
+                from_row = m0 + (local - upper)
+                p_shift = (upper // 2).to(tl.int64)
+            odd = from_row & 1
+            p_rows = table + ((odd * (table_len + 1) + origin - from_row) // 2).to(tl.int64)
             p_columns = tl.arange(0, BLOCK_N // 2).to(tl.int64)
+        else:
+            p_rows = rows
+            p_shift = rows
+            p_columns = columns
         if HAS_TIME:
-            steps = Steps + head * 256
             lut = Lut + head * (CELLS * 4)
+        k_tile = K
+        v_tile = V
         if not TMA:
             k_tile = K + head * k_head + (columns[None, :] * k_row + dims[:, None])
             v_tile = V + head * v_head + (columns[:, None] * v_row + value_dims[None, :])
         acc = tl.full((BLOCK_M, DV_PAD), 0.0, tl.float32)
 
         # Tiles that every query of this tile sees whole.
-        if HAS_TIME:
-            next_low = tl.load(lowest)
+        eighths = (8 * tl.arange(0, BLOCK_N // 8)).to(tl.float32)
+        high = tl.reshape(tl.broadcast_to(eighths[:, None], (BLOCK_N // 8, 8)), (BLOCK_N,))
+        low = tl.reshape(tl.broadcast_to(tl.arange(0, 8).to(tl.float32)[None, :], (BLOCK_N // 8, 8)), (BLOCK_N,))
         for n0 in range(0, fast_end, BLOCK_N):
-            scores = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
-            if HAS_POSITION:
-                scores = position_bias_of((p_rows + n0 // 2)[:, None] + p_columns[None, :], PLAIN)
             if HAS_TIME:
-                k_time = tl.load(Relative + start + n0 + columns)
-                low = next_low
-                next_low = tl.load(lowest + least(n0 // BLOCK_N + 1, max_tiles_k - 1))
-                # Nearly half of the tiles lie in one bucket: they add one number.
-                crossed = low >> 8
-                low = low & 255
-                base = tl.load(steps + low)
-                if crossed == 0:
-                    scores += base
-                else:
-                    bias = base
-                    for step in tl.static_range(1, LADDER + 1):
-                        reached = (q_time - tl.load(Thresholds + low + step))[:, None] >= k_time[None, :]
-                        bias = tl.where(reached, tl.load(steps + low + step), bias)
-                    scores += bias
-            if TMA:
-                k = KTiles.load([(start + n0).to(tl.int32), head * D]).T
-            else:
-                if D_PAD == D:
-                    k = tl.load(k_tile + (start + n0) * k_row)
-                else:
-                    k = tl.load(k_tile + (start + n0) * k_row, mask=dims[:, None] < D, other=0.0)
-            half = tl.dot(q, k, scores, input_precision=PRECISION) * half_scale
+                crossed = tl.load(lowest + n0 // BLOCK_N)
+                word = tl.load(bounds + n0 // BLOCK_N * BLOCK_M + local)
+                steps = Steps + head * 256 + (crossed & 255)
+                value = tl.load(steps)
+                following = tl.load(steps + 1)
+            scores = key_scores(
+                q,
+                KTiles,
+                k_tile,
+                start,
+                n0,
+                head,
+                k_row,
+                dims,
+                p_rows,
+                p_shift,
+                p_columns,
+                D,
+                D_PAD,
+                BLOCK_M,
+                BLOCK_N,
+                HAS_POSITION and not AFTER,
+                TMA,
+                PLAIN,
+                PRECISION,
+            )
+            half = scores * half_scale
+            if HAS_POSITION and AFTER:
+                half += position_pairs(p_rows, p_shift, p_columns, n0, PLAIN)
+            if HAS_TIME:
+                half = with_time(half, crossed >> 8, word, value, following, steps, low, high, LADDER, PLAIN)
             weights = silu_of_half(half, EXACT).to(q.dtype)
-            if TMA:
-                v = VTiles.load([(start + n0).to(tl.int32), head * DV])
-            else:
-                if DV_PAD == DV:
-                    v = tl.load(v_tile + (start + n0) * v_row)
-                else:
-                    v = tl.load(v_tile + (start + n0) * v_row, mask=value_dims[None, :] < DV, other=0.0)
-            acc = tl.dot(weights, v, acc, input_precision=PRECISION)
+            acc = add_values(weights, acc, VTiles, v_tile, start, n0, head, v_row, value_dims, DV, DV_PAD, TMA, PRECISION)
 
         # Tiles on the diagonal, at the end of the history, or (with a time bias) across many buckets.
         last_key = least(position, history - 1)
@@ -256,16 +358,22 @@ def attention_kernel(
         p_near = tl.arange(0, BLOCK_S // 2).to(tl.int64)
         k_tile = K + head * k_head + (near[None, :] * k_row + dims[:, None])
         v_tile = V + head * v_head + (near[:, None] * v_row + value_dims[None, :])
+        if HAS_TIME:
+            q_time = tl.load(Relative + start + rows, mask=rows < length, other=0)
         for n0 in range(fast_end, key_end, BLOCK_S):
             keys = n0 + near
             scores = tl.full((BLOCK_M, BLOCK_S), 0.0, tl.float32)
-            if HAS_POSITION:
-                scores = position_bias_of((p_rows + n0 // 2)[:, None] + p_near[None, :], PLAIN)
+            if HAS_POSITION and not AFTER:
+                scores = position_pairs(p_rows, p_shift, p_near, n0, PLAIN)
             if HAS_TIME:
                 k_time = tl.load(Relative + start + keys, mask=keys < history, other=0)
-                scores += time_bias_of(tl.abs(q_time[:, None] - k_time[None, :]), lut, PLAIN)
+                by_time = time_bias_of(tl.abs(q_time[:, None] - k_time[None, :]), lut, PLAIN)
             k = tl.load(k_tile + (start + n0) * k_row, mask=(keys[None, :] < history) & (dims[:, None] < D), other=0.0)
             half = tl.dot(q, k, scores, input_precision=PRECISION) * half_scale
+            if HAS_POSITION and AFTER:
+                half += position_pairs(p_rows, p_shift, p_near, n0, PLAIN)
+            if HAS_TIME:
+                half += by_time
             allowed = keys[None, :] <= last_key[:, None]
             if NUM_CONTEXT > 1:
                 allowed = allowed | ((position[:, None] < NUM_CONTEXT) & (keys[None, :] < least(NUM_CONTEXT, history)))
@@ -286,12 +394,12 @@ def attention_kernel(
                     V + (start + rows[:, None]) * v_row + head * v_head + value_dims[None, :],
                     mask=own[:, None] & (value_dims[None, :] < DV), other=0.0,
                 )  # fmt: skip
-                scores = tl.reduce(q.to(tl.float32) * k_own.to(tl.float32), 1, add)
+                half = tl.reduce(q.to(tl.float32) * k_own.to(tl.float32), 1, add) * half_scale
                 if HAS_POSITION:
-                    scores += tl.load(PositionTable + head * 2 * table_len + origin)
+                    half += tl.load(PositionTable + head * 2 * table_len + origin) * (1.0 if AFTER else half_scale)
                 if HAS_TIME:
-                    scores += tl.load(steps)
-                acc += silu_of_half(scores * half_scale, EXACT)[:, None] * v_own.to(tl.float32)
+                    half += tl.load(Steps + head * 256)
+                acc += silu_of_half(half, EXACT)[:, None] * v_own.to(tl.float32)
 
         o_rows = Out + ((start + rows[:, None]) * heads + head) * DV + value_dims[None, :]
         tl.store(o_rows, (acc * out_scale).to(Out.dtype.element_ty), mask=(rows[:, None] < length) & (value_dims[None, :] < DV))
@@ -316,6 +424,7 @@ class Tiles:
     ladder: int = LADDER
     exact: bool = False
     tma: bool = True
+    after: bool = False
 
 
 def default_tiles(dtype: torch.dtype, d: int, max_len: int, pairs: int, bias: RelativeBias | None, capability: int = 90) -> Tiles:
@@ -383,8 +492,10 @@ class Plan:
     relative: Tensor | None = None
     fast_tiles: Tensor | None = None
     lowest: Tensor | None = None
+    bounds: Tensor | None = None
     thresholds: Tensor | None = None
     cells: Tensor | None = None
+    after: bool = False
 
     def prepare_arguments(self, bias: RelativeBias, times: Tensor | None, offsets: Tensor, num_candidates: Tensor | None, d: int):
         """Run-time arguments of `prepare_kernel` by name."""
@@ -392,18 +503,19 @@ class Plan:
         return {
             "Position": position, "TimeBias": time, "Times": times, "Offsets": offsets, "NumCandidates": num_candidates,
             "PositionTable": self.position_table, "Steps": self.steps, "Lut": self.lut, "Relative": self.relative,
-            "FastTiles": self.fast_tiles, "Lowest": self.lowest, "Cells": self.cells, "batch": offsets.shape[0] - 1,
+            "FastTiles": self.fast_tiles, "Lowest": self.lowest, "Bounds": self.bounds, "Thresholds": self.thresholds,
+            "Cells": self.cells, "batch": offsets.shape[0] - 1,
             "position_head": 0 if position is None else position.stride(0), "time_head": 0 if time is None else time.stride(0),
             "positions": 0 if position is None else position.shape[1], "buckets": 0 if time is None else time.shape[1],
             "origin": self.origin, "table_len": self.table_len, "max_tiles": self.max_tiles, "max_tiles_k": self.max_tiles_k,
-            "scale": d**0.5,
+            "scale": 0.5 if self.after else d**0.5,
         }  # fmt: skip
 
     def attention_arguments(self):
         """Those run-time arguments of `attention_kernel` that come from the plan, by name."""
         return {
-            "Relative": self.relative, "FastTiles": self.fast_tiles, "Lowest": self.lowest, "PositionTable": self.position_table,
-            "Steps": self.steps, "Lut": self.lut, "Thresholds": self.thresholds, "max_tiles": self.max_tiles,
+            "Relative": self.relative, "FastTiles": self.fast_tiles, "Lowest": self.lowest, "Bounds": self.bounds,
+            "PositionTable": self.position_table, "Steps": self.steps, "Lut": self.lut, "max_tiles": self.max_tiles,
             "max_tiles_k": self.max_tiles_k, "origin": self.origin, "table_len": self.table_len,
         }  # fmt: skip
 
@@ -421,7 +533,7 @@ def plan(
 ) -> Plan:
     """Sizes and empty tables for `total` rows of `batch` sequences, none longer than `max_len`."""
     max_tiles, max_tiles_k = triton.cdiv(max_len, tiles.block_m), triton.cdiv(max_len, tiles.block_n)
-    origin = max_len + max_len % 2
+    origin = max_tiles * tiles.block_m  # no row of any tile lies beyond
     beyond = max(tiles.block_m, num_context) + max(tiles.block_n, tiles.block_s)
     table_len = origin + beyond + beyond % 2 + 2
     new = functools.partial(torch.empty, device=device, dtype=torch.int32)
@@ -432,10 +544,12 @@ def plan(
         thresholds, cells = bucket_tables(bias.time.shape[1], device)
         tables |= {
             "steps": new(heads, 256, dtype=torch.float32), "lut": new(heads, CELLS.value, 4), "relative": new(total),
-            "fast_tiles": new(batch, max_tiles), "lowest": new(batch, max_tiles, max_tiles_k), "thresholds": thresholds,
+            "fast_tiles": new(batch, max_tiles), "lowest": new(batch, max_tiles, max_tiles_k),
+            "bounds": new(batch, max_tiles, max_tiles_k, tiles.block_m, dtype=torch.int32 if tiles.ladder <= 4 else torch.int64),
+            "thresholds": thresholds,
             "cells": cells,
         }  # fmt: skip
-    return Plan(max_tiles, max_tiles_k, origin, table_len, **tables)
+    return Plan(max_tiles, max_tiles_k, origin, table_len, after=tiles.after, **tables)
 
 
 def attention_jagged(
@@ -471,7 +585,7 @@ def attention_jagged(
     if has_position or has_time:
         prepare_kernel[(shared.max_tiles, batch + heads)](
             **shared.prepare_arguments(bias, times.long() if has_time else None, offsets, num_candidates, d), **flags,
-            LADDER=tiles.ladder, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, CHUNK=4 if interpreted() else 16, TABLE_BLOCK=512,
+            LADDER=tiles.ladder, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BISECT=tiles.block_n.bit_length() - 1, CHUNK=4 if interpreted() else max(1, 512 // tiles.block_n), TABLE_BLOCK=512,
         )  # fmt: skip
     d_pad, dv_pad = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv))
     tma = tiles.tma and d == d_pad and dv == dv_pad and k.stride(1) == d and v.stride(1) == dv and use_tma(k, v)
@@ -486,7 +600,7 @@ def attention_jagged(
         v_row=v.stride(0), v_head=v.stride(1), pairs=batch * heads, heads=heads, half_scale=0.5 * d**-0.5, out_scale=1 / divisor,
         D=d, DV=dv, D_PAD=d_pad, DV_PAD=dv_pad, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_S=tiles.block_s,
         GROUP=tiles.group, NUM_CONTEXT=num_context, **flags, EXACT=full or tiles.exact or interpreted(), TMA=tma,
-        PLAIN=interpreted(),
+        PLAIN=interpreted(), AFTER=tiles.after,
         PRECISION="ieee" if full else "tf32", LADDER=tiles.ladder, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         **({} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg}),
     )  # fmt: skip

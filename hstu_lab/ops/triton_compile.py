@@ -76,19 +76,19 @@ _TYPES = {
     **dict.fromkeys(("Position", "TimeBias", "PositionTable", "Steps", "Parts"), _FLOAT),
     **dict.fromkeys(("Offsets", "NumCandidates", "Times", "Cells", "Ids", "BlockTable", "QueryOffsets", "SeqLens"), _LONG),
     **dict.fromkeys(("QueryTimes", "SlotTimes"), _LONG),
-    **dict.fromkeys(("Relative", "FastTiles", "Lowest", "Lut", "Thresholds"), _INT),
+    **dict.fromkeys(("Relative", "FastTiles", "Lowest", "Bounds", "Lut", "Thresholds"), _INT),
     **dict.fromkeys(("half_scale", "out_scale", "scale", "eps", "fill"), "fp32"),
 }
 _ALIGNED = ("x_row", "gate_row", "width", "columns", "depth", "residual_row", "size")
 
 
 def _attention(d: int, bias: bool, tma: bool, tiles) -> dict:
-    absent = () if bias else ("Relative", "FastTiles", "Lowest", "PositionTable", "Steps", "Lut", "Thresholds")
+    absent = () if bias else ("Relative", "FastTiles", "Lowest", "Bounds", "PositionTable", "Steps", "Lut")
     return {
         **dict.fromkeys(("NumCandidates", *absent, *(() if tma else ("KTiles", "VTiles")))),
         "D": d, "DV": d, "D_PAD": d, "DV_PAD": d, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_S": tiles.block_s,
         "GROUP": tiles.group, "NUM_CONTEXT": 1, "HAS_CANDIDATES": False, "HAS_POSITION": bias, "HAS_TIME": bias, "EXACT": False,
-        "TMA": tma, "PRECISION": "tf32", "PLAIN": False, "LADDER": tiles.ladder,
+        "TMA": tma, "PRECISION": "tf32", "PLAIN": False, "LADDER": tiles.ladder, "AFTER": tiles.after,
     }  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def _specification(name: str, capability: int, d: int) -> tuple[object, dict, in
         tiles = attention.default_tiles(torch.bfloat16, d, 4096, 128, RelativeBias(table, table), capability)
         arguments = {
             "HAS_POSITION": True, "HAS_TIME": True, "HAS_CANDIDATES": False, "LADDER": tiles.ladder, "BLOCK_M": tiles.block_m,
-            "BLOCK_N": tiles.block_n, "CHUNK": 16, "TABLE_BLOCK": 512, "NumCandidates": None,
+            "BLOCK_N": tiles.block_n, "BISECT": tiles.block_n.bit_length() - 1, "CHUNK": 512 // tiles.block_n, "TABLE_BLOCK": 512, "NumCandidates": None,
         }  # fmt: skip
         return attention.prepare_kernel, arguments, 4, 3, {}, None
     if name in ("decode", "extend"):
@@ -117,10 +117,10 @@ def _specification(name: str, capability: int, d: int) -> tuple[object, dict, in
         block_m, block_n = tiles.block_m, tiles.block_n
         arguments = {
             **dict.fromkeys(("OwnKeys", "OwnValues", "Position", "TimeBias", "Cells", "QueryTimes", "SlotTimes")),
-            **dict.fromkeys(("KeyTiles", "ValueTiles", "HistoryLens")),
+            **dict.fromkeys(("KeyTiles", "ValueTiles", "HistoryLens", "TileList")),
             "D": d, "DV": d, "D_PAD": d, "DV_PAD": d, "PAGE": 16, "BLOCK_M": block_m, "BLOCK_N": block_n, "NUM_CONTEXT": 1,
-            "HAS_CANDIDATES": False, "HAS_HISTORY": False, "HAS_POSITION": False, "HAS_TIME": False, "EXACT": False,
-            "TMA": False, "BIAS_ROWS": block_m, "PRECISION": "tf32",
+            "HAS_CANDIDATES": False, "HAS_HISTORY": False, "HAS_LIST": False, "HAS_POSITION": False, "HAS_TIME": False,
+            "EXACT": False, "TMA": False, "BIAS_ROWS": block_m, "PIPE": tiles.pipe, "PRECISION": "tf32",
         }  # fmt: skip
         return paged.paged_kernel, arguments, tiles.num_warps, tiles.num_stages, {}, tiles.maxnreg
     if name == "sum_splits":

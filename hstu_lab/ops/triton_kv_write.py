@@ -142,7 +142,7 @@ def keep_kernel(
 
 
 def keep_candidates(hidden: Tensor, gaps: Tensor, slots: Tensor, cache: Tensor) -> None:
-    """Rows of hidden (T, d) whose gap is negative to the first d numbers of their slots in cache (blocks, block_size, H, 2 d_head).
+    """Rows of hidden (T, d) whose gap is negative to the front of their slots in cache (blocks, block_size, H, 2 x head width).
 
     The heads of one slot must lie one after another. slots (T,): negative for padding.
     """

@@ -19,6 +19,11 @@ from hstu_lab.ops.triton_attention import bucket_of, bucket_tables
 from hstu_lab.ops.triton_runtime import add, capability, check_dtype, interpreted, least, most, processors, silu_of_half, use_tma
 
 
+LIST_ROWS = tl.constexpr(1 << 16)
+"""An entry of a tile list is LIST_ROWS * sequence + tile of its queries; NO_TILE is a tile that no sequence has."""
+NO_TILE = LIST_ROWS.value - 1
+
+
 @dataclasses.dataclass(frozen=True)
 class PagedTiles:
     """Query and key rows of a tile, warps, pipeline stages, parts that the keys are split into."""
@@ -29,6 +34,7 @@ class PagedTiles:
     num_stages: int = 3
     splits: int = 1
     maxnreg: int | None = None
+    pipe: bool = False
 
 
 @triton.jit
@@ -48,22 +54,82 @@ def paged_bias(
     return bias
 
 
+@triton.jit
+def paged_scores(
+    q, KeyTiles, keys_of_head, table, SlotTimes, Position, TimeBias, Cells, n0, bias_position, q_time, positions, head,
+    position_head, time_head, time_page, k_page, k_slot, k_head, half_scale, D: tl.constexpr, D_PAD: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_N: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores (M, BLOCK_N) of keys from n0 on, in units that half_scale turns into half a score, bias included."""
+    near = tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, D_PAD)
+    keys = n0 + near
+    # A tile within one page is one copy by the tensor memory accelerator; else every key row finds its own page.
+    page = tl.load(table + (n0 if TMA else keys) // PAGE).to(tl.int64)
+    slot = (n0 if TMA else keys) % PAGE
+    if TMA:
+        k = KeyTiles.load([(page * PAGE + slot).to(tl.int32), head * k_head]).T
+    else:
+        k_rows = keys_of_head + (page * k_page + slot * k_slot)[None, :] + dims[:, None]
+        if D_PAD == D:
+            k = tl.load(k_rows)
+        else:
+            k = tl.load(k_rows, mask=dims[:, None] < D, other=0.0)
+    scores = tl.dot(q, k, input_precision=PRECISION)
+    if HAS_POSITION or HAS_TIME:
+        k_time = tl.full((BLOCK_N,), 0, tl.int64)
+        if HAS_TIME:
+            k_time = tl.load(SlotTimes + page * time_page + (slot + near if TMA else slot))
+        bias = paged_bias(
+            Position, TimeBias, Cells, bias_position, keys, q_time, k_time, positions, head, position_head, time_head,
+            HAS_POSITION, HAS_TIME,
+        )  # fmt: skip
+        scores += bias * (1 / half_scale)
+    return scores
+
+
+@triton.jit
+def paged_values(
+    ValueTiles, values_of_head, table, n0, head, v_page, v_slot, v_head, DV: tl.constexpr, DV_PAD: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Values (BLOCK_N, DV_PAD) of keys from n0 on."""
+    keys = n0 + tl.arange(0, BLOCK_N)
+    value_dims = tl.arange(0, DV_PAD)
+    page = tl.load(table + (n0 if TMA else keys) // PAGE).to(tl.int64)
+    slot = (n0 if TMA else keys) % PAGE
+    if TMA:
+        v = ValueTiles.load([(page * PAGE + slot).to(tl.int32), head * v_head])
+    else:
+        v_rows = values_of_head + (page * v_page + slot * v_slot)[:, None] + value_dims[None, :]
+        if DV_PAD == DV:
+            v = tl.load(v_rows)
+        else:
+            v = tl.load(v_rows, mask=value_dims[None, :] < DV, other=0.0)
+    return v
+
+
 @triton.jit(do_not_specialize=["heads", "tiles_m", "splits", "table_row", "positions"])
 def paged_kernel(
     Q, KeyCache, ValueCache, KeyTiles, ValueTiles, Out, BlockTable, QueryOffsets, SeqLens, QueryTimes, SlotTimes, OwnKeys,
-    OwnValues, HistoryLens, Position, TimeBias, Cells,
+    OwnValues, HistoryLens, TileList, Position, TimeBias, Cells,
     q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, time_page, own_k_row, own_k_head, own_v_row, own_v_head,
     position_head, time_head, table_row, total, heads, tiles_m, splits, positions, half_scale, out_scale,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, NUM_CONTEXT: tl.constexpr, HAS_CANDIDATES: tl.constexpr, HAS_HISTORY: tl.constexpr,
-    HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, BIAS_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_LIST: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
+    BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr, PIPE: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one (sequence, head) against one part of the cached keys; Out is (splits, total, heads, DV)."""
     head = tl.program_id(0) % heads
     split = tl.program_id(0) // heads
     b = tl.program_id(1) // tiles_m
     m0 = (tiles_m - 1 - tl.program_id(1) % tiles_m) * BLOCK_M
+    if HAS_LIST:
+        entry = tl.load(TileList + tl.program_id(1))
+        b = entry // LIST_ROWS
+        m0 = entry % LIST_ROWS * BLOCK_M
     start = tl.load(QueryOffsets + b).to(tl.int64)
     count = (tl.load(QueryOffsets + b + 1) - start).to(tl.int32)
     if m0 < count:
@@ -108,38 +174,56 @@ def paged_kernel(
         values_of_head = ValueCache + head * v_head
         acc = tl.full((BLOCK_M, DV_PAD), 0.0, tl.float32)
 
-        # Keys that every query of this tile sees.
-        for n0 in range(first, full_end, BLOCK_N):
-            keys = n0 + near
-            # A tile within one page is one copy by the tensor memory accelerator; else every key row finds its own page.
-            page = tl.load(table + (n0 if TMA else keys) // PAGE).to(tl.int64)
-            slot = (n0 if TMA else keys) % PAGE
-            k_time = tl.full((BLOCK_N,), 0, tl.int64)
-            if HAS_TIME:
-                k_time = tl.load(SlotTimes + page * time_page + (slot + near if TMA else slot))
-            bias = paged_bias(
-                Position, TimeBias, Cells, bias_position, keys, q_time, k_time, positions, head, position_head, time_head,
-                HAS_POSITION, HAS_TIME,
-            )  # fmt: skip
-            if TMA:
-                k = KeyTiles.load([(page * PAGE + slot).to(tl.int32), head * k_head]).T
-            else:
-                k_rows = keys_of_head + (page * k_page + slot * k_slot)[None, :] + dims[:, None]
-                if D_PAD == D:
-                    k = tl.load(k_rows)
-                else:
-                    k = tl.load(k_rows, mask=dims[:, None] < D, other=0.0)
-            half = tl.dot(q, k, input_precision=PRECISION) * half_scale + bias
-            weights = silu_of_half(half, EXACT).to(q.dtype)
-            if TMA:
-                v = ValueTiles.load([(page * PAGE + slot).to(tl.int32), head * v_head])
-            else:
-                v_rows = values_of_head + (page * v_page + slot * v_slot)[:, None] + value_dims[None, :]
-                if DV_PAD == DV:
-                    v = tl.load(v_rows)
-                else:
-                    v = tl.load(v_rows, mask=value_dims[None, :] < DV, other=0.0)
-            acc = tl.dot(weights, v, acc, input_precision=PRECISION)
+        # Keys that every query of this tile sees. The next tile's scores are begun before this one's SiLU (PIPE): the matrix
+        # unit works while the special-function unit does.
+        if PIPE:
+            if full_end > first:
+                half = paged_scores(
+                    q, KeyTiles, keys_of_head, table, SlotTimes, Position, TimeBias, Cells, first, bias_position, q_time, positions,
+                    head, position_head, time_head, time_page, k_page, k_slot, k_head, half_scale, D, D_PAD, PAGE, BLOCK_N,
+                    HAS_POSITION, HAS_TIME, TMA, PRECISION,
+                )  # fmt: skip
+                for n0 in range(first, full_end - BLOCK_N, BLOCK_N):
+                    coming = paged_scores(
+                        q, KeyTiles, keys_of_head, table, SlotTimes, Position, TimeBias, Cells, n0 + BLOCK_N, bias_position, q_time,
+                        positions, head, position_head, time_head, time_page, k_page, k_slot, k_head, half_scale, D, D_PAD, PAGE,
+                        BLOCK_N, HAS_POSITION, HAS_TIME, TMA, PRECISION,
+                    )  # fmt: skip
+                    weights = silu_of_half(half * half_scale, EXACT).to(q.dtype)
+                    v = paged_values(
+                        ValueTiles, values_of_head, table, n0, head, v_page, v_slot, v_head, DV, DV_PAD, PAGE, BLOCK_N, TMA
+                    )
+                    acc = tl.dot(weights, v, acc, input_precision=PRECISION)
+                    half = coming
+                weights = silu_of_half(half * half_scale, EXACT).to(q.dtype)
+                v = paged_values(
+                    ValueTiles,
+                    values_of_head,
+                    table,
+                    full_end - BLOCK_N,
+                    head,
+                    v_page,
+                    v_slot,
+                    v_head,
+                    DV,
+                    DV_PAD,
+                    PAGE,
+                    BLOCK_N,
+                    TMA,
+                )
+                acc = tl.dot(weights, v, acc, input_precision=PRECISION)
+        else:
+            for n0 in range(first, full_end, BLOCK_N):
+                half = paged_scores(
+                    q, KeyTiles, keys_of_head, table, SlotTimes, Position, TimeBias, Cells, n0, bias_position, q_time, positions,
+                    head, position_head, time_head, time_page, k_page, k_slot, k_head, half_scale, D, D_PAD, PAGE, BLOCK_N,
+                    HAS_POSITION, HAS_TIME, TMA, PRECISION,
+                )  # fmt: skip
+                weights = silu_of_half(half * half_scale, EXACT).to(q.dtype)
+                v = paged_values(
+                    ValueTiles, values_of_head, table, n0, head, v_page, v_slot, v_head, DV, DV_PAD, PAGE, BLOCK_N, TMA
+                )
+                acc = tl.dot(weights, v, acc, input_precision=PRECISION)
 
         # The diagonal and the end of the history.
         for n0 in range(full_end, end, BLOCK_N):
@@ -236,12 +320,13 @@ def attention_paged(
     q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, query_offsets: Tensor, seq_lens: Tensor, *,
     divisor: float, bias: RelativeBias | None = None, query_times: Tensor | None = None, slot_times: Tensor | None = None,
     candidates: tuple[Tensor, Tensor] | None = None, num_context: int = 0, history_lens: Tensor | None = None,
-    max_queries: int | None = None, tiles: PagedTiles | None = None,
+    max_queries: int | None = None, tiles: PagedTiles | None = None, tile_list: Tensor | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of new queries over a paged KV cache; shapes as in `hstu_lab.ops.reference.attention_paged`.
 
     `max_queries` bounds the queries of one sequence; without it the number is read back from the device, which waits for it
-    (and cannot be captured in a CUDA graph). Raises TypeError or ValueError for what the kernel does not take.
+    (and cannot be captured in a CUDA graph). `tile_list` (L,) int32 names the query tiles to compute, where not all are wanted:
+    the rows of the others are left as they are in `out` (T, H, dv). Raises TypeError or ValueError for what the kernel does not take.
     """
     check_dtype(q=q, key_cache=key_cache, value_cache=value_cache)
     total, heads, d = q.shape
@@ -249,7 +334,7 @@ def attention_paged(
     batch = query_offsets.shape[0] - 1
     if page & (page - 1):
         raise ValueError(f"block_size is {page}: the paged kernel takes powers of two")
-    out = torch.empty(total, heads, dv, dtype=q.dtype, device=q.device)
+    out = torch.empty(total, heads, dv, dtype=q.dtype, device=q.device) if out is None else out
     if total == 0:
         return out
     if max_queries is None:
@@ -277,14 +362,16 @@ def attention_paged(
     tma = tma and all(cache.stride(0) == page * cache.stride(1) for cache in (key_cache, value_cache))
     if tma:
         key_tiles, value_tiles = (_as_rows(cache, tiles.block_n) for cache in (key_cache, value_cache))
-    paged_kernel[(heads * tiles.splits, batch * tiles_m)](
+    paged_kernel[(heads * tiles.splits, batch * tiles_m if tile_list is None else len(tile_list))](
         q, key_cache, value_cache, key_tiles, value_tiles, parts, block_table, query_offsets, seq_lens, query_times, slot_times,
-        own_k, own_v, history_lens, position, time, cells, *strides, block_table.stride(0), total, heads, tiles_m, tiles.splits,
+        own_k, own_v, history_lens, tile_list, position, time, cells, *strides, block_table.stride(0), total, heads, tiles_m, tiles.splits,
         0 if position is None else position.shape[1], 0.5 * d**-0.5, 1 / divisor,
         D=d, DV=dv, D_PAD=d_pad, DV_PAD=dv_pad, PAGE=page,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, NUM_CONTEXT=num_context, HAS_CANDIDATES=candidates is not None,
-        HAS_HISTORY=history_lens is not None, HAS_POSITION=position is not None, HAS_TIME=time is not None, EXACT=q.dtype == torch.float32 or interpreted(), TMA=tma,
-        BIAS_ROWS=1 if max_queries == 1 else tiles.block_m, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        HAS_HISTORY=history_lens is not None, HAS_LIST=tile_list is not None, HAS_POSITION=position is not None,
+        HAS_TIME=time is not None, EXACT=q.dtype == torch.float32 or interpreted(), TMA=tma,
+        BIAS_ROWS=1 if max_queries == 1 else tiles.block_m, PIPE=tiles.pipe,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         **({} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg}),
     )  # fmt: skip

@@ -52,8 +52,7 @@ class HSTUAttentionBackend(AttentionBackend):
 class HSTUMetadata(AttentionMetadata):
     """One step's batch: B requests, T new tokens laid end to end, padding after them.
 
-    `max_queries` bounds the new tokens of one request; in a CUDA graph for mixed batches it is all of the graph's.
-    `query_times` (T,) and `history_lens` (B,) are filled in by `Slots.note` before the first layer.
+    `query_times` (T,) and `history_lens` (B,) are filled in by `Slots.note` before the first layer, `tiles` by the first layer.
     """
 
     num_tokens: int
@@ -61,9 +60,9 @@ class HSTUMetadata(AttentionMetadata):
     seq_lens: Tensor
     block_table: Tensor
     slots: Tensor
-    max_queries: int | None = None
     query_times: Tensor | None = None
     history_lens: Tensor | None = None
+    tiles: object = None
 
 
 class HSTUMetadataBuilder(AttentionMetadataBuilder[HSTUMetadata]):
@@ -83,7 +82,6 @@ class HSTUMetadataBuilder(AttentionMetadataBuilder[HSTUMetadata]):
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
             slots=common.slot_mapping[: common.num_actual_tokens],
-            max_queries=common.max_query_len,
         )
         return self.slots.step
 
@@ -108,11 +106,7 @@ class HSTUAttentionImpl(AttentionImpl):
             return torch.zeros_like(q)
         self.slots.write_kv(k, v, kv_cache, metadata.slots)
         keys, values = kv_cache.split(self.head_size, dim=-1)
-        return self.ops.attention_paged(
-            q, keys, values, metadata.block_table, metadata.query_offsets, metadata.seq_lens, divisor=self.divisor,
-            bias=self.layer.bias, query_times=metadata.query_times, slot_times=self.slots.times,
-            history_lens=metadata.history_lens, max_queries=metadata.max_queries,
-        )  # fmt: skip
+        return self.slots.attention(q, keys, values, metadata, divisor=self.divisor, bias=self.layer.bias)
 
     def forward(
         self, layer, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: HSTUMetadata | None,

@@ -23,7 +23,7 @@ class Slots:
     """
 
     def __init__(self, ops):
-        self.fused = ops.name == "triton"
+        self.ops, self.fused = ops, ops.name == "triton"
         self.step = None
         self.task_logits: Callable[[Tensor], Tensor] | None = None
         self.gaps: Tensor | None = None
@@ -74,6 +74,22 @@ class Slots:
         size = self.gaps.shape[1]
         within = torch.arange(size, device=block_table.device)
         return (block_table.long().unsqueeze(-1) * size + within).flatten(1)
+
+    def attention(self, q: Tensor, keys: Tensor, values: Tensor, metadata, *, divisor: float, bias) -> Tensor:
+        """Attention of the step's queries (T, H, d), their keys and values written already -> (T, H, d)."""
+        where = q, keys, values, metadata.block_table, metadata.query_offsets, metadata.seq_lens
+        known = {
+            "divisor": divisor, "bias": bias, "query_times": metadata.query_times, "slot_times": self.times,
+            "history_lens": metadata.history_lens,
+        }  # fmt: skip
+        if not self.fused:
+            return self.ops.attention_paged(*where, **known)
+        from hstu_lab.ops.triton_serving import attention_step, list_tiles
+
+        if metadata.tiles is None:  # the first layer lists them for all
+            longest = metadata.block_table.shape[1] * keys.shape[1]
+            metadata.tiles = list_tiles(metadata.query_offsets, len(q), q, keys.shape[1], longest)
+        return attention_step(*where, metadata.tiles, **known)
 
     def mask_items(self, logits: Tensor, lens: Tensor, block_table: Tensor) -> None:
         """logits (B, V), in place: -inf at the items of the first `lens` (B,) tokens of each sequence."""
