@@ -192,7 +192,7 @@ def candidates(record: Record, folder: pathlib.Path) -> None:
     def part(first: int, size: int) -> Tensor:
         ends = torch.tensor([0, size], device="cuda")
         rows = slice(history + first, history + first + size)
-        return lambda: stack.paged(x[rows], ends, times[rows], cache, as_candidates=True)
+        return lambda: stack.paged(x[rows], ends, times[rows], cache, as_candidates=True, max_queries=size)
 
     whole = torch.tensor([0, history + count], device="cuda")
     number = torch.tensor([count], device="cuda")
@@ -200,11 +200,11 @@ def candidates(record: Record, folder: pathlib.Path) -> None:
     of_short = torch.tensor([micro], device="cuda")
 
     def one_pass() -> Tensor:
-        return stack.jagged(x, whole, times, number)[history:]
+        return stack.jagged(x, whole, times, number, history + count)[history:]
 
     def again_per_micro_batch() -> None:
         for _ in range(count // micro):
-            stack.jagged(x[: history + micro], short, times[: history + micro], of_short)
+            stack.jagged(x[: history + micro], short, times[: history + micro], of_short, history + micro)
 
     cached, micro_batches = part(0, count), [part(first, micro) for first in range(0, count, micro)]
     expected, got = one_pass().float(), cached().float()
@@ -216,7 +216,6 @@ def candidates(record: Record, folder: pathlib.Path) -> None:
     for name, run in ways.items():
         record.measurements.append(measure.measure(run, name=f"stack 512 candidates N=1024 {name}", repeats=20, cuda_graph=True))
         print(record.measurements[-1], flush=True)
-    del stack, cache
     with Engine(folder, OPTIONS) as engine:
         prompts = random_histories(config, 30, history, 7)
         items = [random.Random(i).sample(range(1, config.num_items), count) for i in range(10)]
