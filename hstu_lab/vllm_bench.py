@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -28,6 +29,9 @@ from hstu_lab import measure
 from hstu_lab.config import ModelConfig, preset
 from hstu_lab.measure import Measurement, Record
 from hstu_lab.model import EventEncoder, HSTUStack, SavedConfig, TaskHeads
+from hstu_lab.ops import triton_ops
+from hstu_lab.ops.triton_kv_write import write_kv
+from hstu_lab.ops.triton_serving import attention_step, list_tiles
 from hstu_lab.vllm_engine import ENVIRONMENT, Engine, EngineOptions
 from hstu_lab.vllm_load import TASKS, Cell, Users, closed_loop, fill, open_loop
 
@@ -140,7 +144,7 @@ def graph_replays(engine: Engine) -> dict[int, tuple[float, ...]]:
                 entry.cudagraph.replay()
             event.record()
         torch.cuda.synchronize()
-        found[descriptor.num_tokens] = tuple(a.elapsed_time(b) / 1e4 for a, b in zip(events, events[1:]))
+        found[descriptor.num_tokens] = tuple(a.elapsed_time(b) / 1e4 for a, b in itertools.pairwise(events))
     return found
 
 
@@ -171,51 +175,83 @@ def step(record: Record, folder: pathlib.Path, null: bool) -> None:
 # ---- candidates
 
 
+class CachedUsers:
+    """A stack with the histories of B users in a paged cache, as the engine keeps them; scores candidates against them."""
+
+    def __init__(self, stack: HSTUStack, x: Tensor, times: Tensor, history: int, count: int, page: int = 32):
+        config, (self.users, rows) = stack.config, x.shape[:2]
+        self.stack, self.x, self.history, self.count, self.page = stack, x, history, count, page
+        per_user = -(-rows // page)
+        shape = (config.num_layers, self.users * per_user, page, config.num_heads, 2 * config.d_qk)
+        self.caches = torch.zeros(shape, device="cuda", dtype=x.dtype)
+        self.table = torch.randperm(self.users * per_user, device="cuda").view(self.users, per_user).int()
+        self.slot_times = torch.zeros(self.users * per_user, page, dtype=torch.int64, device="cuda")
+        self.times = times
+        self.run(0, history)
+
+    def run(self, first: int, count: int) -> Tensor:
+        """Hidden states (B, count, d_model) of the rows from `first` on; those behind the history are candidates."""
+        users, where = self.users, torch.arange(first, first + count, device="cuda")
+        slots = (self.table[:, where // self.page].long() * self.page + where % self.page).flatten()
+        times = self.times[:, first : first + count].flatten()
+        self.slot_times.view(-1)[slots] = times
+        offsets = torch.arange(users + 1, device="cuda", dtype=torch.int32) * count
+        seq_lens = torch.full((users,), first + count, device="cuda", dtype=torch.int32)
+        history = seq_lens.clamp(max=self.history)
+        x, tiles = self.x[:, first : first + count].flatten(0, 1), []
+
+        def attend(layer, q, k, v, bias):
+            write_kv(k, v, self.caches[layer], slots)
+            keys, values = self.caches[layer].tensor_split(2, dim=-1)
+            if not tiles:
+                tiles.append(list_tiles(offsets, seq_lens, history, q, self.page, self.table.shape[1] * self.page))
+            return attention_step(
+                q, keys, values, self.table, offsets, seq_lens, *tiles, divisor=self.stack.config.max_seq_len, bias=bias,
+                query_times=times, slot_times=self.slot_times, history_lens=history,
+            )  # fmt: skip
+
+        return self.stack(x, attend).unflatten(0, (users, count))
+
+
+def stack_candidates(record: Record, stack: HSTUStack, users: int, history: int, count: int, micro: int) -> None:
+    """Graph replays of the stack alone: one pass over everything, against the cache, and the history again for each few."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(users, history + count, stack.config.d_model, device="cuda", generator=generator).bfloat16()
+    times = (torch.arange(history + count, device="cuda").clamp(max=history - 1) * 60).expand(users, -1).contiguous()
+    cache = CachedUsers(stack, x, times, history, count)
+
+    def one_pass(length: int = history + count, of_them: int = count) -> Tensor:
+        offsets = torch.arange(users + 1, device="cuda") * length
+        number = torch.full((users,), of_them, device="cuda")
+        rows, seconds = x[:, :length].flatten(0, 1), times[:, :length].flatten()
+        return stack.jagged(rows, offsets, seconds, number, length).unflatten(0, (users, length))
+
+    expected, got = one_pass()[:, history:].float(), cache.run(history, count).float()
+    error = ((got - expected).norm() / expected.norm()).item()
+    record.data[f"hidden states of {users} users: cached against one pass, relative error"] = error
+    ways = {
+        "one pass": one_pass,
+        "cached": lambda: cache.run(history, count),
+        f"cached, {micro} at a time": lambda: [cache.run(first, micro) for first in range(history, history + count, micro)],
+        f"history again for each {micro}": lambda: [one_pass(history + micro, micro) for _ in range(count // micro)],
+    }
+    for name, run in ways.items():
+        name = f"stack {count} candidates N={history} users={users} {name}"
+        record.measurements.append(measure.measure(run, name=name, repeats=20, cuda_graph=True))
+        print(record.measurements[-1], flush=True)
+
+
 @torch.inference_mode()
 def candidates(record: Record, folder: pathlib.Path) -> None:
-    """512 candidates after 1,024 events, three ways, as graph replays of the stack and through the engine; and the scores."""
-    from hstu_lab.model import KVCache
-    from hstu_lab.ops import triton_ops
-
+    """512 candidates after 1,024 events: the stack alone, then through the engine; and whether the scores agree."""
     config, history, count, micro = serving_config(), 1024, 512, 64
-    generator = torch.Generator("cuda").manual_seed(0)
     stack = HSTUStack(config, triton_ops).cuda().bfloat16()
     for name, parameter in stack.named_parameters():
         if "bias" in name:
-            nn.init.normal_(parameter, std=0.02, generator=generator)
-    x = torch.randn(history + count, config.d_model, device="cuda", generator=generator).bfloat16()
-    times = torch.arange(history + count, device="cuda").clamp(max=history - 1) * 60
-    cache = KVCache(config, 1, device="cuda", dtype=torch.bfloat16)
-    ends = torch.tensor([0, history], device="cuda")
-    stack.paged(x[:history], ends, times[:history], cache)
-
-    def part(first: int, size: int) -> Tensor:
-        ends = torch.tensor([0, size], device="cuda")
-        rows = slice(history + first, history + first + size)
-        return lambda: stack.paged(x[rows], ends, times[rows], cache, as_candidates=True, max_queries=size)
-
-    whole = torch.tensor([0, history + count], device="cuda")
-    number = torch.tensor([count], device="cuda")
-    short = torch.tensor([0, history + micro], device="cuda")
-    of_short = torch.tensor([micro], device="cuda")
-
-    def one_pass() -> Tensor:
-        return stack.jagged(x, whole, times, number, history + count)[history:]
-
-    def again_per_micro_batch() -> None:
-        for _ in range(count // micro):
-            stack.jagged(x[: history + micro], short, times[: history + micro], of_short, history + micro)
-
-    cached, micro_batches = part(0, count), [part(first, micro) for first in range(0, count, micro)]
-    expected, got = one_pass().float(), cached().float()
-    record.data["hidden states: cached against one pass, relative error"] = ((got - expected).norm() / expected.norm()).item()
-    ways = {
-        "one pass": one_pass, "cached": cached, "cached micro-batches of 64": lambda: [run() for run in micro_batches],
-        "history again per micro-batch of 64": again_per_micro_batch,
-    }  # fmt: skip
-    for name, run in ways.items():
-        record.measurements.append(measure.measure(run, name=f"stack 512 candidates N=1024 {name}", repeats=20, cuda_graph=True))
-        print(record.measurements[-1], flush=True)
+            nn.init.normal_(parameter, std=0.02)
+    for users in (1, 8):
+        stack_candidates(record, stack, users, history, count, micro)
+    torch.cuda.empty_cache()
     with Engine(folder, OPTIONS) as engine:
         prompts = random_histories(config, 30, history, 7)
         items = [random.Random(i).sample(range(1, config.num_items), count) for i in range(10)]
@@ -338,7 +374,8 @@ def load(
 
     def run(name: str, key: str, cell: Cell, **how) -> None:
         seen = table[str(cell)][key] = groups[name].run(cell, **how)
-        print(f"{cell!s:30s} {key:8s} {seen['requests/s']:8.0f}/s  p50 {1e3 * seen['p50 s']:7.1f} ms  p99 {1e3 * seen['p99 s']:7.1f} ms"
+        p50, p99 = 1e3 * seen["p50 s"], 1e3 * seen["p99 s"]
+        print(f"{cell!s:30s} {key:8s} {seen['requests/s']:8.0f}/s  p50 {p50:7.1f} ms  p99 {p99:7.1f} ms"
               f"  cached {seen['cached']:.2f}", flush=True)  # fmt: skip
 
     for name, group in groups.items():

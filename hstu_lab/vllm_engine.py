@@ -95,9 +95,9 @@ class Generated:
 
 
 def graph_sizes(most: int) -> list[int]:
-    """Tokens of the steps that are captured as CUDA graphs, up to `most`; a step is padded to the next: by a third at worst."""
-    sizes = {1, most, *(2**i for i in range(1, 20)), *(3 * 2**i for i in range(2, 18))}
-    return sorted(size for size in sizes if size <= most)
+    """Tokens of the steps that are captured as CUDA graphs, up to `most`; larger steps are padded by a quarter at worst."""
+    steps = [1, 2, 4, 8, 12, 16, 24, 32, 48, *(quarter * 2**i for i in range(4, 20) for quarter in (4, 5, 6, 7)), most]
+    return sorted({size for size in steps if size <= most})
 
 
 class Engine:

@@ -25,7 +25,12 @@ def step_case(seed: int, dtype=torch.float32, heads=2, d=16, page=4, longest=48,
         "slot_times": torch.randint(0, 10**6, (5 * pages, page), generator=g).to(DEVICE),
         "history_lens": torch.tensor(history).int().to(DEVICE),
     }  # fmt: skip
-    tiles = triton_serving.list_tiles(where[1], len(q), q, page, pages * page)
+    for b, (n, count, h) in enumerate(zip(seq_lens, counts, history)):  # candidates have the time of the last event
+        for position in range(h, n):
+            known["slot_times"][table[b, position // page], position % page] = 777
+        new = torch.arange(n - count, n)
+        known["query_times"][sum(counts[:b]) + (new >= h).nonzero().flatten().to(DEVICE)] = 777
+    tiles = triton_serving.list_tiles(where[1], where[2], known["history_lens"], q, page, pages * page)
     assert (tiles.long is None) == (len(q) <= triton_serving.SHORT)
     poison()
     got = triton_serving.attention_step(q, keys, values, *where, tiles, **known)[: sum(counts)]
@@ -53,12 +58,17 @@ def test_steps_on_the_gpu(dtype):
 def test_every_query_has_one_tile(counts, padding):
     offsets = torch.tensor([0, *counts]).cumsum(0).int().to(DEVICE)
     q = torch.empty(sum(counts) + padding, 2, 16, device=DEVICE)
-    tiles = triton_serving.list_tiles(offsets, len(q), q, 16, 128)
-    size = {id(tiles.short): triton_serving.SHORT, id(tiles.long): tiles.long_tiles.block_m}
-    rows = []
-    for listed in (tiles.short, tiles.long) if tiles.long is not None else (tiles.short,):
+    lens = offsets.diff() + 5
+    history = torch.tensor([n + 5 if b % 2 else 25 for b, n in enumerate(counts)]).int().to(DEVICE)
+    tiles = triton_serving.list_tiles(offsets, lens, history, q, 16, 128)
+    size, rows = tiles.long_tiles.block_m, []
+    lists = [(tiles.short, triton_serving.SHORT)]
+    if tiles.long is not None:
+        lists += [(tiles.long, size), (tiles.alike, size)]
+    for listed, high in lists:
         for entry in listed.tolist():
             b, tile = divmod(entry, 1 << 16)
-            first = tile * size[id(listed)]
-            rows += [(b, row) for row in range(first, min(first + size[id(listed)], counts[b]))]
+            if tile * high < counts[b] and listed is not tiles.short:
+                assert (listed is tiles.alike) == (5 + tile * high >= history[b])
+            rows += [(b, row) for row in range(tile * high, min(tile * high + high, counts[b]))]
     assert sorted(rows) == [(b, row) for b, count in enumerate(counts) for row in range(count)]

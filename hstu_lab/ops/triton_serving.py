@@ -2,7 +2,8 @@
 
 A grid that fits the longest prompt would be nearly empty, and tiles that fit it would waste most of their rows on the others. So
 the step's query tiles are listed on the device, once for all layers: short requests one small tile each, long ones as many large
-tiles as they need. Nothing depends on a number that the host would have to read, so one CUDA graph serves every mixture of a size.
+tiles as they need, and apart from them the tiles of candidates only: those all stand at one position and time, so that one row of
+bias serves the whole tile. Nothing depends on a number that the host would have to read, so one CUDA graph serves every mixture of a size.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ SHORT = 16
 
 @triton.jit
 def list_tiles_kernel(
-    QueryOffsets, Short, Long, batch, length, BATCH_PAD: tl.constexpr, BLOCK_M: tl.constexpr, SHORT_ROWS: tl.constexpr,
-    FILL: tl.constexpr,
+    QueryOffsets, SeqLens, HistoryLens, Short, Long, Alike, batch, length, BATCH_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
+    SHORT_ROWS: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
-    """One program: an entry of Short for every request, entries of Long for the tiles of long ones, none left unwritten."""
+    """One program: an entry of Short for every request; of Long, or of Alike, for each tile of a long one; none left unwritten."""
     b = tl.arange(0, BATCH_PAD)
     inside = b < batch
     count = tl.load(QueryOffsets + b + 1, mask=inside, other=0) - tl.load(QueryOffsets + b, mask=inside, other=0)
@@ -35,29 +36,39 @@ def list_tiles_kernel(
     tl.store(Short + b, tl.where((count > 0) & (count <= SHORT_ROWS), b * LIST_ROWS, FILL), mask=inside)
     tiles = tl.where(count > SHORT_ROWS, (count + BLOCK_M - 1) // BLOCK_M, 0)
     end = tl.associative_scan(tiles, 0, add)
+    # Rows of a request before its first candidate, of those that are new.
+    before = tl.load(HistoryLens + b, mask=inside, other=0) - (tl.load(SeqLens + b, mask=inside, other=0) - count)
     for tile in range(tl.reduce(tiles, 0, most)):
-        tl.store(Long + end - tiles + tile, b * LIST_ROWS + tile, mask=tile < tiles)
+        entry, alike = b * LIST_ROWS + tile, tile * BLOCK_M >= before
+        tl.store(Long + end - tiles + tile, tl.where(alike, FILL, entry), mask=tile < tiles)
+        tl.store(Alike + end - tiles + tile, tl.where(alike, entry, FILL), mask=tile < tiles)
     for first in range(tl.reduce(tiles, 0, add), length, BATCH_PAD):
-        tl.store(Long + first + b, tl.full((BATCH_PAD,), FILL, tl.int32), mask=first + b < length)
+        nothing = tl.full((BATCH_PAD,), FILL, tl.int32)
+        tl.store(Long + first + b, nothing, mask=first + b < length)
+        tl.store(Alike + first + b, nothing, mask=first + b < length)
 
 
 @dataclasses.dataclass(frozen=True)
 class StepTiles:
-    """The query tiles of a step: lists (L,) int32 for `attention_paged`, and how large they are. `long` may be missing."""
+    """The query tiles of a step: lists (L,) int32 for `attention_paged`, and how large they are.
+
+    `short`: a tile for every short request. `long` and `alike` (candidates only): tiles of the others; missing in small steps.
+    """
 
     short: Tensor
     long: Tensor | None
+    alike: Tensor | None
     short_tiles: PagedTiles
-    long_tiles: PagedTiles | None
+    long_tiles: PagedTiles
 
 
-def list_tiles(query_offsets: Tensor, total: int, like: Tensor, page: int, longest: int) -> StepTiles:
-    """List the query tiles of a step of `total` tokens, query_offsets (B + 1,); `like` has the queries' dtype, heads and width.
+def list_tiles(query_offsets: Tensor, seq_lens: Tensor, history_lens: Tensor, like: Tensor, page: int, longest: int) -> StepTiles:
+    """List the query tiles of a step, whose queries `like` resembles; query_offsets (B + 1,), seq_lens and history_lens (B,).
 
     like (T, H, d); page: the cache's block size; longest: most tokens that a sequence can have.
     """
     batch = query_offsets.shape[0] - 1
-    heads, d = like.shape[1:]
+    total, heads, d = like.shape
     small = default_tiles(like.dtype, d, page, SHORT, capability(like))
     if interpreted():
         splits = 2
@@ -68,12 +79,14 @@ def list_tiles(query_offsets: Tensor, total: int, like: Tensor, page: int, longe
     large = default_tiles(like.dtype, d, page, 512, capability(like))
     short = torch.empty(batch, dtype=torch.int32, device=query_offsets.device)
     length = total // large.block_m + min(batch, total // (SHORT + 1))
-    long = torch.empty(length, dtype=torch.int32, device=query_offsets.device)
+    long, alike = torch.empty(2, length, dtype=torch.int32, device=query_offsets.device)
     list_tiles_kernel[(1,)](
-        query_offsets, short, long, batch, length, BATCH_PAD=max(16, triton.next_power_of_2(batch)), BLOCK_M=large.block_m,
-        SHORT_ROWS=SHORT, FILL=NO_TILE,
+        query_offsets, seq_lens, history_lens, short, long, alike, batch, length,
+        BATCH_PAD=max(16, triton.next_power_of_2(batch)), BLOCK_M=large.block_m, SHORT_ROWS=SHORT, FILL=NO_TILE,
     )  # fmt: skip
-    return StepTiles(short, long if length and total > SHORT else None, small, large)
+    if not length or total <= SHORT:
+        long = alike = None
+    return StepTiles(short, long, alike, small, large)
 
 
 def attention_step(
@@ -88,4 +101,5 @@ def attention_step(
     out = attention_paged(*where, **common, max_queries=SHORT, tiles=tiles.short_tiles, tile_list=tiles.short)
     if tiles.long is not None:
         attention_paged(*where, **common, max_queries=q.shape[0], tiles=tiles.long_tiles, tile_list=tiles.long, out=out)
+        attention_paged(*where, **common, max_queries=1, tiles=tiles.long_tiles, tile_list=tiles.alike, out=out)
     return out

@@ -75,11 +75,14 @@ class HSTUMetadataBuilder(AttentionMetadataBuilder[HSTUMetadata]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> HSTUMetadata:
-        common = common_attn_metadata
+        common, seq_lens = common_attn_metadata, common_attn_metadata.seq_lens
+        longest = common.block_table_tensor.shape[1] * self.kv_cache_spec.block_size
+        if common.max_seq_len > longest:  # only the made-up steps by which vLLM warms up claim so
+            seq_lens = seq_lens.clamp(max=longest)
         self.slots.step = HSTUMetadata(
             num_tokens=common.num_actual_tokens,
             query_offsets=common.query_start_loc,
-            seq_lens=common.seq_lens,
+            seq_lens=seq_lens,
             block_table=common.block_table_tensor,
             slots=common.slot_mapping[: common.num_actual_tokens],
         )

@@ -88,7 +88,9 @@ class Slots:
 
         if metadata.tiles is None:  # the first layer lists them for all
             longest = metadata.block_table.shape[1] * keys.shape[1]
-            metadata.tiles = list_tiles(metadata.query_offsets, len(q), q, keys.shape[1], longest)
+            metadata.tiles = list_tiles(
+                metadata.query_offsets, metadata.seq_lens, metadata.history_lens, q, keys.shape[1], longest
+            )
         return attention_step(*where, metadata.tiles, **known)
 
     def mask_items(self, logits: Tensor, lens: Tensor, block_table: Tensor) -> None:
