@@ -1,6 +1,6 @@
 """Measure the vLLM engine on the GPU that is here and write what was seen to data/measured/<device>/vllm_*.json.
 
-    python -m hstu_lab.vllm_bench [step] [candidates] [load] [--out FOLDER] [--replicas 1 4] [--seconds 1.5]
+    python -m hstu_lab.vllm_bench [--out FOLDER] [--replicas 6] [--seconds 1.5]
 
 Weights are random (times do not depend on them) and made here; users and items are drawn from a seed. Every figure of an
 engine stands beside the null model's, whose forward pass does nothing: what is left is the host's share.
@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import itertools
 import json
 import multiprocessing
-import os
 import pathlib
 import random
 import statistics
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 
 import torch
 from safetensors.torch import save_file
@@ -32,12 +34,12 @@ from hstu_lab.model import EventEncoder, HSTUStack, SavedConfig, TaskHeads
 from hstu_lab.ops import triton_ops
 from hstu_lab.ops.triton_kv_write import write_kv
 from hstu_lab.ops.triton_serving import attention_step, list_tiles
-from hstu_lab.vllm_engine import ENVIRONMENT, Engine, EngineOptions
+from hstu_lab.vllm_engine import Engine, EngineOptions
 from hstu_lab.vllm_load import TASKS, Cell, Users, closed_loop, fill, open_loop
 
 HISTORIES = (128, 256, 512, 1024)
 OPTIONS = EngineOptions(
-    kv_cache_memory_bytes=8 << 30, block_size=32, max_num_seqs=256, max_num_batched_tokens=8192, dtype="bfloat16", ops="triton",
+    kv_cache_memory_bytes=10 << 30, block_size=32, max_num_seqs=256, max_num_batched_tokens=8192, dtype="bfloat16", ops="triton",
     cuda_graphs="FULL", prompt_embeds=False, micro_batch=512,
 )  # fmt: skip
 
@@ -67,31 +69,26 @@ def random_checkpoint(config: ModelConfig, folder: pathlib.Path, dtype: torch.dt
     return folder
 
 
-def make_null() -> None:
-    """From now on engines of this process run a model that does nothing but note its tokens: the host's work stays whole."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    from vllm.forward_context import get_forward_context
-
-    from hstu_lab.vllm_plugin.modeling import HSTUForRecommendation
-
-    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None) -> Tensor:
-        metadata = get_forward_context().attn_metadata
-        if metadata is not None:
-            metadata = metadata[self.attention[0].layer_name]
-            items = input_ids[: metadata.num_tokens] % self.config.num_items
-            self.slots.note(torch.zeros_like(items), items, metadata, self.attention[0].kv_cache)
-        return self.item_matrix[:1].expand(len(input_ids), -1)
-
-    def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        return self.known_items.float().expand(len(hidden_states), -1).clone()
-
-    HSTUForRecommendation.forward, HSTUForRecommendation.compute_logits = forward, compute_logits
-
-
 def runner_of(engine: Engine):
     """vLLM's model runner, in this process."""
     return engine.engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+class NullModel:
+    """Stands for the model in vLLM's runner and computes nothing: what a step still costs is the host's share."""
+
+    def __init__(self, model):
+        self._model = model
+        self._logits = model.known_items.float()
+
+    def __getattr__(self, name: str):
+        return getattr(self._model, name)
+
+    def __call__(self, input_ids=None, **_) -> Tensor:
+        return self._model.item_matrix[:1].expand(len(input_ids), -1)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        return self._logits.expand(len(hidden_states), -1).clone()
 
 
 def random_histories(config: ModelConfig, count: int, length: int, seed: int) -> list[list[int]]:
@@ -148,28 +145,26 @@ def graph_replays(engine: Engine) -> dict[int, tuple[float, ...]]:
     return found
 
 
-def step(record: Record, folder: pathlib.Path, null: bool) -> None:
+def step(engine: Engine, suffix: str = "") -> list[Measurement]:
     """A decode step through the engine and as graph replay; a slate and a topk for one user alone."""
-    suffix = " null" if null else ""
-    with Engine(folder, OPTIONS) as engine:
-        config = engine.config
-        for task, k in TASKS.items():
-            getattr(engine, task)(random_histories(config, 8, 512, 1), [[]] * 8, k)
-        for batch in (1, 8, 64):
-            samples = decode_steps(engine, batch, 512)
-            record.measurements.append(Measurement(f"engine step B={batch} N=512{suffix}", samples))
-            print(record.measurements[-1], flush=True)
-            if batch == 8:
-                for size, replays in {} if null else graph_replays(engine).items():
-                    if size == batch:  # the graph's inputs are those of the batch that ran last
-                        record.measurements.append(Measurement(f"graph replay B={size} N=512", replays, 10, "cuda events"))
-                        print(record.measurements[-1], flush=True)
-        for task, k in TASKS.items():
-            prompts = iter(random_histories(config, 40, 512, 3))
-            send = getattr(engine, task)
-            alone = seconds_of(lambda: send([next(prompts)], [[]], k), 40)  # noqa: B023
-            record.measurements.append(Measurement(f"{task} alone N=512{suffix}", alone))
-            print(record.measurements[-1], flush=True)
+    found = []
+
+    def note(*measurement) -> None:
+        found.append(Measurement(*measurement))
+        print(found[-1], flush=True)
+
+    config = engine.config
+    for batch in (1, 8, 64):
+        note(f"engine step B={batch} N=512{suffix}", decode_steps(engine, batch, 512))
+        if not suffix:  # the graph's inputs are those of the batch that ran last
+            for size, replays in graph_replays(engine).items():
+                if size == batch:
+                    note(f"graph replay B={size} N=512", replays, 10, "cuda events")
+    for task, k in TASKS.items():
+        prompts = iter(random_histories(config, 30, 512, 3 if suffix else 4))
+        send = getattr(engine, task)
+        note(f"{task} alone N=512{suffix}", seconds_of(lambda: send([next(prompts)], [[]], k), 30))  # noqa: B023
+    return found
 
 
 # ---- candidates
@@ -213,7 +208,7 @@ class CachedUsers:
         return self.stack(x, attend).unflatten(0, (users, count))
 
 
-def stack_candidates(record: Record, stack: HSTUStack, users: int, history: int, count: int, micro: int) -> None:
+def stack_candidates(record, stack: HSTUStack, users: int, history: int, count: int, micro: int, ready) -> None:
     """Graph replays of the stack alone: one pass over everything, against the cache, and the history again for each few."""
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(users, history + count, stack.config.d_model, device="cuda", generator=generator).bfloat16()
@@ -235,6 +230,9 @@ def stack_candidates(record: Record, stack: HSTUStack, users: int, history: int,
         f"cached, {micro} at a time": lambda: [cache.run(first, micro) for first in range(history, history + count, micro)],
         f"history again for each {micro}": lambda: [one_pass(history + micro, micro) for _ in range(count // micro)],
     }
+    for run in ways.values():
+        run()  # compiles what it needs
+    ready()
     for name, run in ways.items():
         name = f"stack {count} candidates N={history} users={users} {name}"
         record.measurements.append(measure.measure(run, name=name, repeats=20, cuda_graph=True))
@@ -242,69 +240,102 @@ def stack_candidates(record: Record, stack: HSTUStack, users: int, history: int,
 
 
 @torch.inference_mode()
-def candidates(record: Record, folder: pathlib.Path) -> None:
-    """512 candidates after 1,024 events: the stack alone, then through the engine; and whether the scores agree."""
-    config, history, count, micro = serving_config(), 1024, 512, 64
-    stack = HSTUStack(config, triton_ops).cuda().bfloat16()
+def candidates(record: Record, ready: Callable[[], None] = lambda: None) -> None:
+    """512 candidates after 1,024 events, the stack alone."""
+    stack = HSTUStack(serving_config(), triton_ops).cuda().bfloat16()
     for name, parameter in stack.named_parameters():
         if "bias" in name:
             nn.init.normal_(parameter, std=0.02)
     for users in (1, 8):
-        stack_candidates(record, stack, users, history, count, micro)
-    torch.cuda.empty_cache()
-    with Engine(folder, OPTIONS) as engine:
-        prompts = random_histories(config, 30, history, 7)
-        items = [random.Random(i).sample(range(1, config.num_items), count) for i in range(10)]
-        engine.score(prompts[:1], items[:1])
-        for size in (512, 64):
-            engine.micro_batch = size
-            turn = iter(items)
-            samples = seconds_of(lambda: engine.score(prompts[:1], [next(turn)]), 10)  # noqa: B023
-            record.measurements.append(Measurement(f"engine 512 candidates N=1024 cached micro={size}", samples))
-        engine.micro_batch, fresh = 512, iter(prompts[1:])
-        samples = seconds_of(lambda: engine.score([next(fresh)], items[:1]), 10)
-        record.measurements.append(Measurement("engine 512 candidates N=1024 one pass", samples))
+        stack_candidates(record, stack, users, 1024, 512, 64, ready)
 
-        def again() -> None:
-            for first in range(0, count, micro):
-                engine.reset_prefix_cache()
-                engine.score(prompts[:1], [items[0][first : first + micro]])
 
-        record.measurements.append(Measurement("engine 512 candidates N=1024 history again", seconds_of(again, 5)))
-        for name in ("cached micro=512", "cached micro=64", "one pass", "history again"):
-            print(record[f"engine 512 candidates N=1024 {name}"], flush=True)
-        cached = engine.score(prompts[:1], items[:1])[0]
-        engine.reset_prefix_cache()
-        fresh = engine.score(prompts[:1], items[:1])[0]
-        record.data["engine scores: cached against not cached, largest difference"] = (cached - fresh).abs().max().item()
-    print(json.dumps(record.data, indent=1), flush=True)
+def engine_candidates(engine: Engine, history: int = 1024, count: int = 512, micro: int = 64) -> tuple[list[Measurement], float]:
+    """512 candidates after 1,024 events through the engine; and the largest difference of cached and fresh scores."""
+    found = []
+
+    def note(name: str, samples) -> None:
+        found.append(Measurement(f"engine {count} candidates N={history} {name}", samples))
+        print(found[-1], flush=True)
+
+    prompts = random_histories(engine.config, 12, history, 7)
+    items = [random.Random(i).sample(range(1, engine.config.num_items), count) for i in range(11)]
+    fresh = engine.score(prompts[:1], items[:1])[0]
+    cached = engine.score(prompts[:1], items[:1])[0]
+    for size in (count, micro):
+        engine.micro_batch = size
+        turn = iter(items)
+        note(f"cached, {size} at a time", seconds_of(lambda: engine.score(prompts[:1], [next(turn)]), 10))  # noqa: B023
+    engine.micro_batch, others = count, iter(prompts[1:])
+    note("one pass", seconds_of(lambda: engine.score([next(others)], items[:1]), 10))
+
+    def again() -> None:
+        for first in range(0, count, micro):
+            engine.reset_prefix_cache()
+            engine.score(prompts[:1], [items[0][first : first + micro]])
+
+    note(f"history again for each {micro}", seconds_of(again, 3))
+    return found, (cached - fresh).abs().max().item()
 
 
 # ---- load on one or more replicas
 
 
-def replica(connection, folder: pathlib.Path, options: EngineOptions, null: bool, seed: int, warm_users: int) -> None:
-    """One engine in a process of its own; runs the cells it is sent, at the moment it is told."""
+def compile_kernels(first: int, total: int) -> None:
+    """Compile the stack's kernels, beginning with share `first` of `total`: replicas that start together share the work.
+
+    Triton keeps compiled kernels on disk; what another process compiled meanwhile is found there.
+    """
+    config = serving_config()
+    d, wide = config.d_model, config.num_heads * 4 * config.d_qk
+    rand = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+    weights, biases = {n: rand(n, d) for n in (wide, d)}, {n: rand(n) for n in (wide, d)}
+    jobs: list[Callable] = []
+    for rows in (8, 64, 512, 2048, 8192):
+        x = rand(rows, d)
+        jobs += [
+            functools.partial(triton_ops.project_silu, x, weights[wide], biases[wide]),
+            functools.partial(triton_ops.project_residual, x, weights[d], biases[d], x),
+        ]
+    x = rand(64, d)
+    jobs += [
+        functools.partial(triton_ops.layer_norm, x, biases[d], biases[d], 1e-6),
+        functools.partial(triton_ops.norm_gate, x, rand(64, wide)[:, :d], biases[d], biases[d], 1e-6),
+    ]
+    turn = first * len(jobs) // total
+    for job in jobs[turn:] + jobs[:turn]:
+        job()
+
+
+def replica(connection, folder: pathlib.Path, options: EngineOptions, seed: int, count: int, warm_users: int) -> None:
+    """One engine in a process of its own; does what it is told, when it is told."""
     try:
-        if null:
-            make_null()
+        if options.ops == "triton":
+            compile_kernels(seed, count)
         with Engine(folder, options) as engine:
             longest = min(512, engine.config.max_history)
             for task, k in TASKS.items():
                 getattr(engine, task)(random_histories(engine.config, 64, longest, seed), [[]] * 64, k)
             connection.send("ready")
+            runs = itertools.count(1000 * seed)
             while (order := connection.recv()) is not None:
-                cell, rate, in_flight, seconds = order
-                users = Users(engine.config, cell, warm_users, seed)
-                fill(engine, cell, users)
-                connection.send("filled")
-                time.sleep(max(connection.recv() - time.time(), 0))
-                if rate is None:
-                    connection.send(closed_loop(engine, cell, users, in_flight, seconds))
+                if order == "step":
+                    connection.send(step(engine))
+                elif order == "candidates":
+                    connection.send(engine_candidates(engine))
+                elif order == "null":
+                    runner_of(engine).model = NullModel(runner_of(engine).get_model())
+                    connection.send(step(engine, " null") if seed == 0 else [])
                 else:
-                    connection.send(open_loop(engine, cell, users, rate, seconds, seed))
-                if not cell.warm:
-                    engine.reset_prefix_cache()
+                    cell, rate, in_flight, seconds = order
+                    users = Users(engine.config, cell, warm_users, draw := next(runs))  # new users each time
+                    fill(engine, cell, users)
+                    connection.send("filled")
+                    time.sleep(max(connection.recv() - time.time(), 0))
+                    if rate is None:
+                        connection.send(closed_loop(engine, cell, users, in_flight, seconds))
+                    else:
+                        connection.send(open_loop(engine, cell, users, rate, seconds, draw))
     except Exception:
         traceback.print_exc()
         connection.send("failed")
@@ -313,15 +344,23 @@ def replica(connection, folder: pathlib.Path, options: EngineOptions, null: bool
 class Replicas:
     """Engines of one GPU, each in its own process, that start a load together."""
 
-    def __init__(self, count: int, folder: pathlib.Path, options: EngineOptions, null: bool = False, warm_users: int = 128):
+    def __init__(self, count: int, folder: pathlib.Path, options: EngineOptions, warm_users: int = 64):
         context = multiprocessing.get_context("spawn")
         self.pipes, self.processes = [], []
         for i in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=replica, args=(theirs, folder, options, null, i, warm_users), daemon=True)
+            process = context.Process(target=replica, args=(theirs, folder, options, i, count, warm_users), daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
+
+    def start(self, seconds: float = 150) -> None:
+        """Wait until the engines are up; go on with those that come up. Raises RuntimeError where none does."""
+        up = [pipe for pipe in self.pipes if pipe.poll(seconds) and pipe.recv() == "ready"]
+        print(f"{len(up)} of {len(self.pipes)} engines are up", flush=True)
+        self.pipes = up
+        if not up:
+            raise RuntimeError("no engine came up: see their messages above")
 
     def wait(self, word: str, seconds: float = 150) -> None:
         for pipe in self.pipes:
@@ -341,12 +380,22 @@ class Replicas:
         if "failed" in outcomes:
             raise RuntimeError("a replica failed")
         latencies = sorted(x for outcome in outcomes for x in outcome.latencies)
-        at = lambda p: latencies[min(int(p * len(latencies)), len(latencies) - 1)] if latencies else float("nan")  # noqa: E731
+        at = lambda p: latencies[min(int(p * len(latencies)), len(latencies) - 1)] if latencies else None  # noqa: E731
         return {
             "requests/s": sum(len(o.latencies) / o.seconds for o in outcomes), "requests": len(latencies), "p50 s": at(0.5),
             "p95 s": at(0.95), "p99 s": at(0.99), "cached": statistics.mean(o.cached for o in outcomes),
             **({} if rate is None else {"offered/s": rate}),
         }  # fmt: skip
+
+    def tell(self, word: str, first_only: bool = False) -> list:
+        """What the replicas answer to one word; those of a failed one raise RuntimeError."""
+        pipes = self.pipes[:1] if first_only else self.pipes
+        for pipe in pipes:
+            pipe.send(word)
+        answers = [pipe.recv() for pipe in pipes]
+        if "failed" in answers:
+            raise RuntimeError(f"a replica failed at {word!r}: see its messages above")
+        return answers
 
     def close(self) -> None:
         for pipe in self.pipes:
@@ -358,66 +407,90 @@ class Replicas:
                 process.kill()
 
 
-def load(
-    record: Record, folder: pathlib.Path, counts: list[int], seconds: float, options: EngineOptions = OPTIONS,
-    histories: tuple[int, ...] = HISTORIES, out: pathlib.Path | None = None,
-) -> None:  # fmt: skip
-    """The table: requests/s of every cell with every number of replicas, the null model's, and half the best as open loop.
-
-    Written to the record after every group, so that what was seen is kept where the time runs out.
-    """
-    cells = [Cell(task, history, warm) for history in histories for task in TASKS for warm in (0.0, 0.9)]
-    most = max(counts)
-    groups = {str(count): Replicas(count, folder, options) for count in counts}
-    groups["null"] = Replicas(most, folder, options, null=True)
-    table = record.data.setdefault("table", {str(cell): {} for cell in cells})
-
-    def run(name: str, key: str, cell: Cell, **how) -> None:
-        seen = table[str(cell)][key] = groups[name].run(cell, **how)
-        p50, p99 = 1e3 * seen["p50 s"], 1e3 * seen["p99 s"]
-        print(f"{cell!s:30s} {key:8s} {seen['requests/s']:8.0f}/s  p50 {p50:7.1f} ms  p99 {p99:7.1f} ms"
+def load(record: Record, group: Replicas, key: str, cells: list[Cell], seconds: float, out, half: bool = False) -> None:
+    """Requests/s of every cell to record.data["table"], and, with `half`, latencies at half of it under open-loop load."""
+    table = record.data.setdefault("table", {})
+    for cell in cells:
+        row = table.setdefault(str(cell), {})
+        seen = row[key] = group.run(cell, seconds, rate=max(row["engines"]["requests/s"] / 2, 1) if half else None)
+        p50, p99 = (1e3 * (seen[name] or 0) for name in ("p50 s", "p99 s"))
+        print(f"{cell!s:28s} {key:8s} {seen['requests/s']:7.0f}/s  p50 {p50:6.1f} ms  p99 {p99:6.1f} ms"
               f"  cached {seen['cached']:.2f}", flush=True)  # fmt: skip
-
-    for name, group in groups.items():
-        try:
-            group.wait("ready")
-            for cell in cells:
-                run(name, name, cell, seconds=seconds)
-            if name == str(most):
-                for cell in cells:
-                    run(name, "half", cell, seconds=max(seconds, 2.0), rate=table[str(cell)][name]["requests/s"] / 2)
-        except Exception as error:  # the other groups may do better
-            record.data.setdefault("failed", {})[name] = repr(error)
-            print(name, repr(error), flush=True)
-        group.close()
         measure.write_record(record, out)
+
+
+def stack_process(connection) -> None:
+    """The stack's candidates in a process of their own, whose kernels compile while the engines start."""
+    record = Record.here("vllm_candidates", command="python -m hstu_lab.vllm_bench")
+
+    def ready() -> None:
+        connection.send("ready")
+        connection.recv()
+
+    try:
+        candidates(record, ready)
+        connection.send(record)
+    except Exception:
+        traceback.print_exc()
+        connection.send("failed")
+
+
+def run(folder: pathlib.Path, replicas: int, seconds: float, out: pathlib.Path | None, options: EngineOptions = OPTIONS) -> None:
+    """Everything, the most telling first, each record written as soon as there is something to write."""
+    command = f"python -m hstu_lab.vllm_bench --replicas {replicas} --seconds {seconds}"
+    steps, loads = (Record.here(name, command=command) for name in ("vllm_step", "vllm_load"))
+    loads.data |= {"replicas": replicas, "seconds": seconds, "options": dataclasses.asdict(options)}
+    steps.data["options"] = dataclasses.asdict(options)
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    context.Process(target=stack_process, args=(theirs,), daemon=True).start()
+    group = Replicas(replicas, folder, options)
+    telling = [Cell(task, history, warm) for task, history in (("topk", 512), ("slate", 256)) for warm in (0.0, 0.9)]
+    others = [Cell(task, history, warm) for history in HISTORIES for task in TASKS for warm in (0.0, 0.9)]
+    others = [cell for cell in others if cell not in telling]
+    start = time.time()
+
+    def said(what: str) -> None:
+        print(f"--- {what}, {time.time() - start:.0f} s after the start", flush=True)
+
+    group.start()
+    loads.data["replicas"] = len(group.pipes)
+    said("ready")
+    steps.measurements += group.tell("step", first_only=True)[0]
+    measure.write_record(steps, out)
+    load(loads, group, "engines", telling, seconds, out)
+    said("candidates")
+    if pipe.poll(1) and pipe.recv() == "ready":  # one user, then eight
+        pipe.send("go")
+        pipe.recv()
+        pipe.send("go")
+        if isinstance(record := pipe.recv(), Record):
+            engine_seen, difference = group.tell("candidates", first_only=True)[0]
+            record.measurements += engine_seen
+            record.data["engine scores: cached against fresh, largest difference"] = difference
+            measure.write_record(record, out)
+            print(json.dumps(record.data, indent=1), flush=True)
+    said("half the peak")
+    load(loads, group, "half", telling, seconds, out, half=True)
+    load(loads, group, "engines", others, seconds, out)
+    said("null")
+    steps.measurements += group.tell("null")[0]
+    measure.write_record(steps, out)
+    load(loads, group, "null", telling + others, seconds, out)
+    load(loads, group, "half", others, seconds, out, half=True)
+    said("done")
+    group.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", metavar="part", help="some of step, null, candidates, load; default: all")
     parser.add_argument("--out", type=pathlib.Path, default=None, help="folder for the records (default: data/measured)")
-    parser.add_argument("--replicas", type=int, nargs="+", default=[1, 4], help="engines on the GPU under load")
-    parser.add_argument("--histories", type=int, nargs="+", default=HISTORIES, help="events of a request under load")
+    parser.add_argument("--replicas", type=int, default=6, help="engines on the GPU")
     parser.add_argument("--seconds", type=float, default=1.5, help="length of one load")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = random_checkpoint(serving_config(), pathlib.Path(temporary) / "gr-3b", torch.bfloat16)
-        for part in arguments.parts or ("step", "candidates", "load"):
-            print(f"--- {part}", flush=True)
-            record = Record.here(f"vllm_{part}", command=f"python -m hstu_lab.vllm_bench {part}")
-            if part == "step":
-                step(record, folder, null=False)
-            elif part == "null":
-                make_null()
-                step(record, folder, null=True)
-            elif part == "candidates":
-                candidates(record, folder)
-            elif part == "load":
-                load(record, folder, arguments.replicas, arguments.seconds, histories=arguments.histories, out=arguments.out)
-            else:
-                parser.error(f"unknown part {part!r}: use some of step, null, candidates, load")
-            measure.write_record(record, arguments.out)
+        run(folder, arguments.replicas, arguments.seconds, arguments.out)
 
 
 if __name__ == "__main__":
