@@ -27,13 +27,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hstu_lab import measure
+from hstu_lab import measure, ops
 from hstu_lab.config import ModelConfig, preset
 from hstu_lab.measure import Measurement, Record
 from hstu_lab.model import EventEncoder, HSTUStack, SavedConfig, TaskHeads
-from hstu_lab.ops import triton_ops
-from hstu_lab.ops.triton_kv_write import write_kv
-from hstu_lab.ops.triton_serving import attention_step, list_tiles
 from hstu_lab.vllm_engine import Engine, EngineOptions
 from hstu_lab.vllm_load import TASKS, Cell, Users, closed_loop, fill, open_loop
 
@@ -186,6 +183,9 @@ class CachedUsers:
 
     def run(self, first: int, count: int) -> Tensor:
         """Hidden states (B, count, d_model) of the rows from `first` on; those behind the history are candidates."""
+        from hstu_lab.ops.triton_kv_write import write_kv
+        from hstu_lab.ops.triton_serving import attention_step, list_tiles
+
         users, where = self.users, torch.arange(first, first + count, device="cuda")
         slots = (self.table[:, where // self.page].long() * self.page + where % self.page).flatten()
         times = self.times[:, first : first + count].flatten()
@@ -242,7 +242,7 @@ def stack_candidates(record, stack: HSTUStack, users: int, history: int, count: 
 @torch.inference_mode()
 def candidates(record: Record, ready: Callable[[], None] = lambda: None) -> None:
     """512 candidates after 1,024 events, the stack alone."""
-    stack = HSTUStack(serving_config(), triton_ops).cuda().bfloat16()
+    stack = HSTUStack(serving_config(), ops.get("triton")).cuda().bfloat16()
     for name, parameter in stack.named_parameters():
         if "bias" in name:
             nn.init.normal_(parameter, std=0.02)
@@ -286,7 +286,7 @@ def compile_kernels(first: int, total: int) -> None:
 
     Triton keeps compiled kernels on disk; what another process compiled meanwhile is found there.
     """
-    config = serving_config()
+    triton_ops, config = ops.get("triton"), serving_config()
     d, wide = config.d_model, config.num_heads * 4 * config.d_qk
     rand = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
     weights, biases = {n: rand(n, d) for n in (wide, d)}, {n: rand(n) for n in (wide, d)}

@@ -67,8 +67,8 @@ class EngineOptions:
     """How to run vLLM; see vLLM's engine arguments of the same names. kv_cache_memory_bytes sizes the paged cache.
 
     `cuda_graphs` is NONE, FULL_DECODE_ONLY (steps in which every request adds one token are replayed) or FULL (all steps are,
-    whatever their mixture of prompts and single tokens). `prompt_embeds` lets prompts be tensors, which keeps the encoder out of the graphs.
-    `micro_batch` is the most candidates that one request of vLLM scores.
+    whatever their mixture of prompts and single tokens). `prompt_embeds` lets prompts be tensors, which keeps the encoder out of
+    the graphs. `micro_batch` is the most candidates that one request of vLLM scores.
     """
 
     kv_cache_memory_bytes: int = 256 << 20
@@ -141,8 +141,8 @@ class Engine:
         with _STEP, contextlib.redirect_stdout(sys.__stdout__), _quiet():
             self.engine = LLMEngine.from_engine_args(
                 EngineArgs(
-                    model=str(checkpoint), skip_tokenizer_init=True, max_model_len=self.config.max_seq_len + self.micro_batch + 1, max_logprobs=-1,
-                    logprobs_mode="processed_logprobs", logits_processors=[SeenItems, TaskScores],
+                    model=str(checkpoint), skip_tokenizer_init=True, max_logprobs=-1, logprobs_mode="processed_logprobs",
+                    max_model_len=self.config.max_seq_len + self.micro_batch + 1, logits_processors=[SeenItems, TaskScores],
                     disable_log_stats=True, use_tqdm_on_load=False, seed=0, **memory, **arguments,
                 )
             )  # fmt: skip

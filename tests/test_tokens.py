@@ -158,7 +158,7 @@ def test_a_window_that_slides_in_steps_keeps_its_beginning():
     config = preset("tiny")
     items, actions, times = history(200, config)
     visits = [encode_history(items[:n], actions[:n], times[:n], 7, config, slide=6) for n in range(1, 200)]
-    jumps = [n for n, (old, new) in enumerate(zip(visits, visits[1:]), 2) if new[: len(old)] != old]
+    jumps = [n for n, (old, new) in enumerate(itertools.pairwise(visits), 2) if new[: len(old)] != old]
     assert jumps == list(range(config.max_history + 1, 200, 6))
     lengths = {len(tokens) - 1 for tokens in visits[config.max_history :]}
     assert lengths == set(range(config.max_history - 5, config.max_history + 1))

@@ -18,7 +18,6 @@ from hstu_lab.ops.reference import RelativeBias
 from hstu_lab.ops.triton_attention import bucket_of, bucket_tables
 from hstu_lab.ops.triton_runtime import add, capability, check_dtype, interpreted, least, most, processors, silu_of_half, use_tma
 
-
 LIST_ROWS = tl.constexpr(1 << 16)
 """An entry of a tile list is LIST_ROWS * sequence + tile of its queries; NO_TILE is a tile that no sequence has."""
 NO_TILE = LIST_ROWS.value - 1
@@ -326,7 +325,8 @@ def attention_paged(
 
     `max_queries` bounds the queries of one sequence; without it the number is read back from the device, which waits for it
     (and cannot be captured in a CUDA graph). `tile_list` (L,) int32 names the query tiles to compute, where not all are wanted:
-    the rows of the others are left as they are in `out` (T, H, dv). Raises TypeError or ValueError for what the kernel does not take.
+    the rows of the others are left as they are in `out` (T, H, dv). Raises TypeError or ValueError for what the kernel does not
+    take.
     """
     check_dtype(q=q, key_cache=key_cache, value_cache=value_cache)
     total, heads, d = q.shape
@@ -364,7 +364,8 @@ def attention_paged(
         key_tiles, value_tiles = (_as_rows(cache, tiles.block_n) for cache in (key_cache, value_cache))
     paged_kernel[(heads * tiles.splits, batch * tiles_m if tile_list is None else len(tile_list))](
         q, key_cache, value_cache, key_tiles, value_tiles, parts, block_table, query_offsets, seq_lens, query_times, slot_times,
-        own_k, own_v, history_lens, tile_list, position, time, cells, *strides, block_table.stride(0), total, heads, tiles_m, tiles.splits,
+        own_k, own_v, history_lens, tile_list, position, time, cells, *strides, block_table.stride(0), total, heads, tiles_m,
+        tiles.splits,
         0 if position is None else position.shape[1], 0.5 * d**-0.5, 1 / divisor,
         D=d, DV=dv, D_PAD=d_pad, DV_PAD=dv_pad, PAGE=page,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, NUM_CONTEXT=num_context, HAS_CANDIDATES=candidates is not None,

@@ -3,7 +3,8 @@
 A grid that fits the longest prompt would be nearly empty, and tiles that fit it would waste most of their rows on the others. So
 the step's query tiles are listed on the device, once for all layers: short requests one small tile each, long ones as many large
 tiles as they need, and apart from them the tiles of candidates only: those all stand at one position and time, so that one row of
-bias serves the whole tile. Nothing depends on a number that the host would have to read, so one CUDA graph serves every mixture of a size.
+bias serves the whole tile. Nothing depends on a number that the host would have to read: one CUDA graph serves every mixture of
+a size.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def list_tiles_kernel(
     QueryOffsets, SeqLens, HistoryLens, Short, Long, Alike, batch, length, BATCH_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
     SHORT_ROWS: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
-    """One program: an entry of Short for every request; of Long, or of Alike, for each tile of a long one; none left unwritten."""
+    """One program: an entry of Short for every request; of Long or Alike for each tile of a long one; none left unwritten."""
     b = tl.arange(0, BATCH_PAD)
     inside = b < batch
     count = tl.load(QueryOffsets + b + 1, mask=inside, other=0) - tl.load(QueryOffsets + b, mask=inside, other=0)
