@@ -178,10 +178,10 @@ class Onnx:
 
 
 class Vllm:
-    """vLLM generates; `ranker` (and, given an `encoder`, the encoder stage) runs beside it.
+    """vLLM generates and ranks from packed tokens, which the plugin embeds itself (strategy vllm).
 
-    Without an encoder the prompt is packed tokens and the plugin embeds them itself (strategy vllm); with one it is prompt
-    embeddings, so that vLLM holds no table but the items' (strategy unified).
+    With an `encoder` the prompt is prompt embeddings, so that vLLM holds no table but the items', and `ranker` runs beside it
+    (strategy unified).
     """
 
     def __init__(self, engine, ranker: Eager | Onnx, encoder: Onnx | None = None):
@@ -190,7 +190,7 @@ class Vllm:
         self.engine, self.ranker, self.encoder = engine, ranker, encoder
         name = f"vLLM {vllm.__version__}, own model and attention backend"
         inside = encoder.engines["encoder"] if encoder else "inside vLLM"
-        self.engines = {"encoder": inside, "stack": name, "ranking": ranker.engines["ranking"]}
+        self.engines = {"encoder": inside, "stack": name, "ranking": ranker.engines["ranking"] if encoder else name}
 
     def prompts(self, batch: Batch, timer: StageTimer) -> list:
         if self.encoder is None:
@@ -213,7 +213,10 @@ class Vllm:
             return [future.result().items for future in futures]
 
     def rank(self, batch: Batch, candidates: Tensor, timer: StageTimer) -> Tensor:
-        return self.ranker.rank(batch, candidates, timer)
+        if self.encoder is not None:
+            return self.ranker.rank(batch, candidates, timer)
+        with timer("ranking"):  # the histories are cached: only the candidates are computed
+            return torch.stack(self.engine.score(batch.histories, candidates.tolist()))
 
 
 NEEDS = {
