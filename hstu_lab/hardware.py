@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 import os
+from collections.abc import Mapping, Sequence
 
 TERA, GIGA = 1e12, 1e9
 MIB = 2**20
@@ -21,8 +24,14 @@ class Device:
 
     `flops`: FLOP/s (int8: operations/s) of dense matrix products by dtype, at the boost clock. `bandwidth`: bytes/s of memory.
     `special`: tanh or exp instructions a second (16 a clock and SM on NVIDIA GPUs; CUDA C++ Programming Guide, arithmetic
-    instructions); on a CPU SiLU evaluations, which PyTorch vectorises. `launch`: seconds that one more kernel costs inside a
-    CUDA graph, on a CPU one more operator. `source`: where the figures come from, `measured` where a run replaced them.
+    instructions); on a CPU SiLU evaluations, which PyTorch vectorises. `lanes`: instructions of one thread a second (four
+    schedulers an SM issue one for 32 threads each clock; same guide), 0 where that is no limit. `launch`: seconds that one more
+    kernel costs inside a CUDA graph, on a CPU one more operator. `source`: where the figures come from, `measured` where a run
+    replaced them.
+
+    Only a run can tell two more: `products`, (FLOPs, seconds) of square matrix products by the vendor's library, launch
+    included; and `chains`, (seconds to start and finish, seconds a step of 64 keys) of one attention program alone on the GPU,
+    by kind of bias, with `resident` such programs on an SM.
     """
 
     name: str
@@ -37,6 +46,10 @@ class Device:
     launch: float
     source: str
     measured: bool = False
+    lanes: float = 0.0
+    products: tuple[tuple[float, float], ...] = ()
+    chains: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    resident: int = 1
 
     def ridge(self, dtype: str) -> float:
         """FLOP per byte above which a matrix product is bound by arithmetic, not by memory."""
@@ -48,15 +61,35 @@ class Device:
             raise ValueError(f"{self.name} has no figure for dtype {dtype!r}; use one of {', '.join(self.flops)}")
         return self.flops[dtype]
 
+    def product_seconds(self, flops: float) -> float:
+        """Seconds of a square product of as many FLOPs, launch included, between the two measured sizes nearest to it.
+
+        Below the smallest it takes as long as that one, above the largest it runs at that one's rate.
+        """
+        (smallest, quickest), *_ = self.products
+        if flops <= smallest:
+            return quickest
+        for (size, seconds), (larger, slower) in itertools.pairwise(self.products):
+            if flops <= larger:
+                power = math.log(slower / seconds) / math.log(larger / size)
+                return seconds * (flops / size) ** power
+        size, seconds = self.products[-1]
+        return seconds * flops / size
+
     def with_ceilings(
-        self, *, dtype: str, flops: float | None = None, bandwidth: float | None = None, launch: float | None = None, source: str
-    ) -> Device:
+        self, *, dtype: str, flops: float | None = None, bandwidth: float | None = None, launch: float | None = None,
+        products: Sequence[tuple[float, float]] = (), chains: Mapping[str, tuple[float, float]] | None = None,
+        resident: int | None = None, source: str,
+    ) -> Device:  # fmt: skip
         """The same device with ceilings that a run reached (cuBLAS, a copy, empty kernels) instead of the datasheet's."""
         return dataclasses.replace(
             self,
             flops=self.flops | ({dtype: flops} if flops else {}),
             bandwidth=bandwidth or self.bandwidth,
             launch=launch or self.launch,
+            products=tuple(sorted(products)) or self.products,
+            chains=dict(chains or self.chains),
+            resident=resident or self.resident,
             source=source,
             measured=True,
         )
@@ -70,10 +103,11 @@ def _nvidia(name, arch, bf16, fp32, int8, bandwidth, memory, sms, clock, l2, sha
         "fp32": fp32 * TERA,
         "int8": int8 * TERA,
     }
-    special = 16 * sms * clock * GIGA
+    special, lanes = (width * sms * clock * GIGA for width in (16, 128))
     return Device(
-        name, arch, flops, bandwidth * GIGA, memory * GIGA, sms, special, l2 * MIB, shared * 1024, launch=1.5e-6, source=source
-    )
+        name, arch, flops, bandwidth * GIGA, memory * GIGA, sms, special, l2 * MIB, shared * 1024, launch=1.5e-6, source=source,
+        lanes=lanes,
+    )  # fmt: skip
 
 
 DEVICES = {

@@ -1,6 +1,6 @@
 """Measure the Triton kernels on the GPU that is here and write what was seen to data/measured/<device>/triton_*.json.
 
-    python -m hstu_lab.kernel_bench [attention] [steps] [paged] [memory] [stack] [ampere] [tests] [--out FOLDER]
+    python -m hstu_lab.kernel_bench [attention] [steps] [paged] [memory] [calibration] [stack] [ampere] [tests] [--out FOLDER]
 
 Every ratio compares two measurements of one run. Needs PyTorch, Triton and an NVIDIA GPU, nothing else of the project's stack.
 """
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hstu_lab import measure
+from hstu_lab import measure, roofline
 from hstu_lab.config import preset
 from hstu_lab.model import HSTUStack
 from hstu_lab.ops import reference, triton_attention, triton_compile, triton_memory, triton_ops
@@ -196,6 +196,34 @@ def ceilings(record: measure.Record) -> tuple[float, float]:
     return copy.bytes_per_second, product.flops_per_second
 
 
+def calibration(record: measure.Record) -> None:
+    """What `roofline.calibrated` wants to know: a launch, square products of many sizes, attention programs that run alone."""
+    ceilings(record)
+    add = record.measurements.append
+    small = torch.zeros(32, device="cuda")
+    add(timed(lambda: small.add_(1), "smallest kernel"))
+    for n in (256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192):
+        pairs = range(max(1, min(12, 2**26 // n**2)))  # together larger than L2
+        inputs = [tuple(torch.randn(n, n, device="cuda", dtype=BF16) for _ in range(2)) for _ in pairs]
+        add(timed(torch.mm, f"square product {n}", flops=2 * n**3, inputs=inputs))
+    g = torch.Generator("cuda").manual_seed(0)
+    for kind in roofline.INSTRUCTIONS:
+        for steps in (1, 8):
+            length = steps * roofline.STEP
+            q, k, v = (torch.randn(length, 1, 64, device="cuda", generator=g).to(BF16) for _ in range(3))
+            bias, times = random_bias(1, length, kind, g), session_times(length, g)
+            tiles = triton_attention.default_tiles(BF16, 64, 512, 128, bias)  # those of a batch of 8
+            offsets = torch.tensor([0, length], device="cuda")
+            run = functools.partial(
+                triton_ops.attention_jagged, q, k, v, offsets, divisor=length, bias=bias, times=times, max_len=length, tiles=tiles
+            )
+            add(timed(run, f"one program alone, {steps} steps, bias={kind}"))
+    kernel = triton_compile.compile_kernel("attention", 90, length=512)
+    shared = torch.cuda.get_device_properties(0).shared_memory_per_multiprocessor
+    registers = 32 * kernel.num_warps * (-(-kernel.registers // 8) * 8)
+    record.data["programs an SM"] = min(65536 // registers, shared // (kernel.shared_bytes + 1024))
+
+
 def memory(record: measure.Record) -> None:
     """Norms, gather and jagged copies against the copy bandwidth; every tensor far larger than L2."""
     copy, _ = ceilings(record)
@@ -308,13 +336,15 @@ def ampere(record: measure.Record) -> None:
     for bias in (None, random_bias(heads, longest, "position+time", g)):
         name = "attention" if bias is None else "attention_bias"
         tiles = triton_attention.default_tiles(BF16, d, longest, batch * heads, bias, 80)
-        plan = triton_attention.plan(tiles, bias, q.device, batch=batch, heads=heads, total=total, max_len=longest, num_context=1)
+        sizes = {"batch": batch, "heads": heads, "total": total, "max_len": longest, "num_context": 1}
+        plan = triton_attention.plan(tiles, bias, q.device, **sizes)
         out = torch.full_like(v, torch.nan)
         if bias is not None:
-            kernel = triton_compile.compile_kernel("prepare", 80, d)
-            launch_ptx(kernel, (plan.max_tiles, batch + heads), plan.prepare_arguments(bias, times, offsets, None, d))
+            kernel = triton_compile.compile_kernel("prepare", 80, d, longest)
+            grid = plan.max_tiles * plan.parts, batch + heads
+            launch_ptx(kernel, grid, plan.prepare_arguments(bias, times, offsets, None, d))
         strides = {f"{n}_{part}": s for n, x in (("q", q), ("k", k), ("v", v)) for part, s in zip(("row", "head"), x.stride())}
-        launch_ptx(triton_compile.compile_kernel(name, 80, d), (batch * heads * plan.max_tiles,), {
+        launch_ptx(triton_compile.compile_kernel(name, 80, d, longest), (batch * heads * plan.max_tiles,), {
             "Q": q, "K": k, "V": v, "Out": out, "Offsets": offsets, **strides, **plan.attention_arguments(),
             "pairs": batch * heads, "heads": heads, "half_scale": 0.5 * d**-0.5, "out_scale": 1 / longest,
         })  # fmt: skip
@@ -371,19 +401,8 @@ def launch_ptx(kernel: triton_compile.CompiledKernel, grid: tuple[int, ...], val
 def tests(record: measure.Record) -> None:
     """Run the GPU tests of the kernels and keep what passed and failed."""
     report = pathlib.Path("gpu-tests.xml").absolute()
-    files = sorted(map(str, pathlib.Path("tests").glob("test_triton_*.py")))
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-        "--noconftest",
-        f"--junitxml={report}",
-    ]
+    files = [*sorted(map(str, pathlib.Path("tests").glob("test_triton_*.py"))), "tests/test_measure.py"]
+    command = [sys.executable, *f"-m pytest -q -m gpu -p no:cacheprovider --noconftest --junitxml={report}".split()]
     command += ["-n", str(min(14, os.cpu_count() or 1))]  # compiling is most of the work
     subprocess.run([*command, *files], check=False)
     outcome: dict[str, list[str]] = {"passed": [], "failed": []}
@@ -403,6 +422,7 @@ PARTS = {
     "steps": ("triton_steps", steps),
     "paged": ("triton_paged", paged),
     "memory": ("triton_memory", memory),
+    "calibration": ("triton_calibration", calibration),
     "stack": ("triton_stack", stack),
 }
 

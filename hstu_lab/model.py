@@ -168,7 +168,7 @@ class HSTUStack(nn.Module):
         """New tokens x (T, d_model) of the cache's sequences, offsets (B + 1,), times (T,) -> (T, d_model).
 
         Ordinary tokens are written to the cache, which grows by them; with `as_candidates` nothing is written.
-        `max_queries` bounds the new tokens of a sequence; without it the number is read back from the device, once for all layers.
+        `max_queries` bounds the new tokens of a sequence; without it the number is read from the device, once for all layers.
         """
         max_queries = int(offsets.diff().max()) if max_queries is None else max_queries
         slots = None if as_candidates else cache.append(offsets, times, max_queries)

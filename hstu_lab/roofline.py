@@ -1,8 +1,10 @@
 """Predict before you measure: FLOPs and bytes of every operator from its shapes, and the time that a device's ceilings allow.
 
 The model (Williams, Waterman and Patterson 2009, "Roofline"): an operator takes as long as its largest term,
-matrix FLOPs / peak, bytes / bandwidth, or tanh evaluations / special-function rate, plus one launch. The matrix term grows where
-its tiles fill the last wave of SMs badly. Biases, norm weights and look-up tables (kilobytes) are left out.
+matrix FLOPs / peak, bytes / bandwidth, tanh evaluations / special-function rate, or instructions / issue rate, plus one launch.
+The matrix term grows where its tiles fill the last wave of SMs badly. Biases, norm weights and look-up tables (kilobytes) are
+left out. On a device with measured `products` a matrix product takes the time of a square one of as many FLOPs, and with
+measured `chains` attention has one more term: the steps of a program wait for each other, however idle the GPU.
 """
 
 from __future__ import annotations
@@ -13,17 +15,25 @@ from collections.abc import Callable, Sequence
 
 from hstu_lab.config import TASKS, ModelConfig
 from hstu_lab.hardware import Device
+from hstu_lab.measure import Record
 
 DTYPE_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 TILE = 128
 """Side of the output tile that one SM works on at a time, for wave quantisation."""
+STEP = 64
+"""Queries of one attention program, and keys of one of its steps."""
+INSTRUCTIONS = {"none": 6.5, "position": 7.5, "position+time": 12.0}
+"""Instructions a query-key pair in the main loop of the attention kernel by kind of bias, with one boundary a tile, counted
+in its machine code for sm_90 (`triton_compile`, checked by a test). Masked tiles and those near the diagonal take more."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
     """Work of one operator: matrix `flops`, `bytes` to and from memory, `special` function evaluations; `count` launches of it.
 
-    `tiles`: output tiles of one launch (0: no matrix product).
+    `tiles`: output tiles of one launch (0: no matrix product). `product`: nothing but one matrix product (and what its epilogue
+    does). `instructions`: of one thread, beside the matrix unit's. `bias`, `programs`, `steps`, `longest`: of attention, its kind
+    of bias, its programs, the steps of all of them and of the one with most.
     """
 
     name: str
@@ -32,6 +42,12 @@ class Operator:
     special: float = 0.0
     tiles: int = 0
     count: int = 1
+    product: bool = False
+    instructions: float = 0.0
+    bias: str = ""
+    programs: int = 0
+    steps: int = 0
+    longest: int = 0
 
     @property
     def intensity(self) -> float:
@@ -64,12 +80,22 @@ class Prediction:
 
 def predict(operator: Operator, device: Device, dtype: str = "bf16", *, launch: float | None = None) -> Prediction:
     """Time of `operator` on `device` by the roofline. Raises ValueError where the device has no figure for dtype."""
+    launch = device.launch if launch is None else launch
+    matrix = operator.flops / device.peak(dtype) * wave_quantisation(operator.tiles, device.sms)
+    if operator.product and device.products and dtype in ("bf16", "fp16"):
+        matrix = max(device.product_seconds(operator.flops) - launch, 0.0)
     terms = {
-        "matrix": operator.flops / device.peak(dtype) * wave_quantisation(operator.tiles, device.sms),
+        "matrix": matrix,
         "memory": operator.bytes / device.bandwidth,
         "special functions": operator.special / device.special,
     }
-    return Prediction(operator, device, terms, device.launch if launch is None else launch)
+    if device.lanes:
+        terms["instructions"] = operator.instructions / device.lanes
+    if operator.bias in device.chains:
+        start, step = device.chains[operator.bias]
+        shared = (operator.programs * start + operator.steps * step) / (device.sms * device.resident)
+        terms["waiting"] = max(start + operator.longest * step, shared) - launch
+    return Prediction(operator, device, terms, launch)
 
 
 def wave_quantisation(tiles: int, sms: int) -> float:
@@ -81,7 +107,7 @@ def gemm(name: str, m: int, k: int, n: int, dtype: str = "bf16", *, extra_bytes:
     """The product of (m, k) and (k, n): both read once, the result written once, one tile of `TILE` x `TILE` a thread block."""
     size = DTYPE_BYTES[dtype]
     tiles = math.ceil(m / TILE) * math.ceil(n / TILE)
-    return Operator(name, 2.0 * m * k * n, (m * k + k * n + m * n) * size + extra_bytes, special, tiles)
+    return Operator(name, 2.0 * m * k * n, (m * k + k * n + m * n) * size + extra_bytes, special, tiles, product=True)
 
 
 def causal_pairs(queries: int, keys: int) -> float:
@@ -98,7 +124,13 @@ def attention(config: ModelConfig, batch: int, queries: int, keys: int, dtype: s
     pairs = batch * heads * causal_pairs(queries, keys)
     moved = batch * heads * (queries + keys) * (config.d_qk + config.d_v) * size
     tiles = batch * heads * math.ceil(queries / TILE)
-    return Operator("attention", 2 * pairs * (config.d_qk + config.d_v), moved, pairs, tiles)
+    ends = [keys - queries + min(first + STEP, queries) for first in range(0, queries, STEP)]
+    steps = [math.ceil(end / STEP) for end in ends]
+    return Operator(
+        "attention", 2 * pairs * (config.d_qk + config.d_v), moved, pairs, tiles, instructions=INSTRUCTIONS[config.rab] * pairs,
+        bias=config.rab if queries == keys else "", programs=batch * heads * len(steps), steps=batch * heads * sum(steps),
+        longest=max(steps),
+    )  # fmt: skip
 
 
 def layer(config: ModelConfig, batch: int, queries: int, keys: int, dtype: str = "bf16") -> list[Operator]:
@@ -170,6 +202,21 @@ def whole(config: ModelConfig, batch: int, length: int, candidates: int = 100, d
 def total(predictions: Sequence[Prediction]) -> float:
     """Seconds of operators that run one after another."""
     return sum(p.seconds for p in predictions)
+
+
+def calibrated(device: Device, record: Record, dtype: str = "bf16") -> Device:
+    """`device` as the record `triton_calibration` found it: copy, products, launches, and attention programs that run alone."""
+    products = [(m.work["flops"], m.median) for m in record.measurements if m.name.startswith("square product")]
+    chains = {}
+    for bias in INSTRUCTIONS:
+        one, eight = (record[f"one program alone, {n} steps, bias={bias}"].median for n in (1, 8))
+        step = (eight - one) / 7
+        chains[bias] = one - step, step
+    return device.with_ceilings(
+        dtype=dtype, flops=record["matrix product 8192"].flops_per_second, bandwidth=record["copy"].bytes_per_second,
+        launch=record["smallest kernel"].median, products=products, chains=chains, resident=record.data["programs an SM"],
+        source=record.label,
+    )  # fmt: skip
 
 
 def flops(operators: Sequence[Operator]) -> float:

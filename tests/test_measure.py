@@ -77,6 +77,17 @@ def test_gpu_time_is_the_kernels_not_the_launch(cuda_graph):
     assert result.flops_per_second > 1e12
 
 
+@pytest.mark.gpu
+def test_a_replay_holds_many_short_kernels():
+    """Starting a graph takes longer than one of them: few calls a replay would time the start."""
+    one = torch.zeros(1, device="cuda")
+    result = measure.measure(lambda: one.add_(1), name="add", repeats=5, min_time=0.01, cuda_graph=True)
+    assert result.calls * result.median > 1e-4
+    assert result.calls > 20
+    torch.cuda.synchronize()
+    assert one.item() >= result.calls * len(result.samples)
+
+
 def test_percentiles_interpolate():
     result = Measurement("x", tuple(float(i) for i in range(100, -1, -1)))
     assert (result.p5, result.median, result.p95, result.min) == (5.0, 50.0, 95.0, 0.0)

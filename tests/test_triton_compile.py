@@ -1,8 +1,9 @@
 """Every kernel compiles for an A100 and an H100 on a machine without a GPU, with the instructions it was written for."""
 
 import pytest
-from triton_cases import GPU, triton_ops
+from triton_cases import GPU, triton_attention, triton_ops
 
+from hstu_lab import roofline
 from hstu_lab.ops import triton_compile
 
 pytestmark = pytest.mark.skipif(GPU, reason="ahead-of-time compilation is for machines without a GPU")
@@ -27,11 +28,39 @@ def test_matrix_kernels_use_the_matrix_unit_and_one_tanh(name):
     assert hopper.shared_bytes <= 227 * 1024
 
 
-def test_bias_is_loaded_in_pairs_and_never_staged():
-    """Eight bytes a load for two columns' position bias: half the loads that one column at a time would take."""
-    kernel = triton_compile.compile_kernel("attention_bias", 90)
-    assert kernel.ptx.count("ld.global.nc.v2.f32") > 0
-    assert "ld.global.nc.f32 " not in kernel.ptx
+def loop_of(name):
+    """(instructions of the main loop for sm_90, scores of a thread in it)."""
+    body = triton_compile.compile_kernel(name, 90).loop("MUFU.TANH")
+    return body, sum("MUFU.TANH" in line for line in body)
+
+
+def test_bias_is_loaded_in_pairs_and_rows_eight_apart_share_them():
+    """A thread's rows g and g + 8 want the same pairs: 9 loads serve 32 scores, where one a pair would be 16."""
+    body, scores = loop_of("attention_position")
+    assert sum("LDG.E.64" in line for line in body) == scores // 4 + 1
+    assert not any("LDG.E " in line for line in body)
+
+
+def test_a_bucket_boundary_is_a_saturating_subtraction():
+    tiles = triton_attention.Tiles(64, 64, 32)
+    body, scores = loop_of("attention_bias")
+    assert sum("FADD.SAT" in line for line in body) == tiles.ladder * scores
+    assert not any("FSEL" in line for line in body)
+
+
+@pytest.mark.parametrize(("name", "bias"), list(zip(("attention", "attention_position", "attention_bias"), roofline.INSTRUCTIONS)))
+def test_the_roofline_counts_instructions_as_they_are(name, bias):
+    body, scores = loop_of(name)
+    unlikely = 2 * (triton_attention.Tiles(64, 64, 32).ladder - 1) if bias == "position+time" else 0
+    assert len(body) / scores - unlikely == pytest.approx(roofline.INSTRUCTIONS[bias], rel=0.15)
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("name", ["attention", "attention_position", "attention_bias"])
+def test_matrix_instructions_follow_each_other(name, d):
+    """Where ptxas cannot keep a product in flight it waits after each instruction, one WARPGROUP.ARRIVE before every HGMMA."""
+    kernel = triton_compile.compile_kernel(name, 90, d)
+    assert kernel.instructions("WARPGROUP.ARRIVE") < kernel.instructions("HGMMA") / 2
 
 
 def test_interpreter_survives_compilation():

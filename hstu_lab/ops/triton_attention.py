@@ -22,8 +22,8 @@ from hstu_lab.ops.triton_runtime import add, capability, check_dtype, interprete
 CELLS = tl.constexpr(((127 + 31) << 2) + 1)
 """Cells of the float32 numbers 0 .. 2^31 by exponent and two bits of mantissa; those of fractions are never used."""
 
-LADDER = 2
-"""Bucket boundaries that a tile of the fast loop may cross; tiles that cross more look every score up."""
+CHUNK = tl.constexpr(4)
+"""Key tiles that a program of the preparation works on at a time."""
 
 
 @triton.jit
@@ -56,14 +56,23 @@ def bucket_of(seconds, cells):
 
 
 @triton.jit
-def time_bias_of(seconds, lut, PLAIN: tl.constexpr):
-    """Half the time bias of non-negative int32 differences; `lut` holds (threshold, value below it, value from it on, 0)."""
+def time_bias_of(seconds, lut, WIDE: tl.constexpr, PLAIN: tl.constexpr):
+    """Half the time bias of non-negative int32 differences; `lut` holds (threshold, value below it, value from it on).
+
+    Four words an entry where values are exact; two in half precision, the values as a pair of float16: what a lookup costs is
+    the width of its entry.
+    """
     if PLAIN:
-        entry = lut + cell_of(seconds) * 4
+        entry = lut + cell_of(seconds) * (4 if WIDE else 2)
         threshold = tl.load(entry)
-        below = tl.load(entry + 1).to(tl.float32, bitcast=True)
-        above = tl.load(entry + 2).to(tl.float32, bitcast=True)
-    else:
+        if WIDE:
+            below = tl.load(entry + 1).to(tl.float32, bitcast=True)
+            above = tl.load(entry + 2).to(tl.float32, bitcast=True)
+        else:
+            below = (tl.load(entry + 1) & 65535).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            above = (tl.load(entry + 1) >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        value = tl.where(seconds >= threshold, above, below)
+    elif WIDE:
         threshold, below, above, _ = tl.inline_asm_elementwise(
             """{
             .reg .f32 number; .reg .b32 cell; .reg .b64 entry;
@@ -76,27 +85,57 @@ def time_bias_of(seconds, lut, PLAIN: tl.constexpr):
             "=r,=f,=f,=r,r,l", [seconds, lut],
             dtype=(tl.int32, tl.float32, tl.float32, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
-    return tl.where(seconds >= threshold, above, below)
+        value = tl.where(seconds >= threshold, above, below)
+    else:
+        value = tl.inline_asm_elementwise(
+            """{
+            .reg .f32 number; .reg .b32 cell, threshold, pair; .reg .b64 entry; .reg .pred above; .reg .b16 low, high;
+            cvt.rn.f32.s32 number, $1;
+            mov.b32 cell, number;
+            shr.u32 cell, cell, 21;
+            mad.wide.u32 entry, cell, 8, $2;
+            ld.global.nc.v2.b32 {threshold, pair}, [entry];
+            setp.ge.s32 above, $1, threshold;
+            @above shr.u32 pair, pair, 16;
+            mov.b32 {low, high}, pair;
+            cvt.f32.f16 $0, low;
+            }""",
+            "=f,r,l", [seconds, lut], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return value
+
+
+@triton.jit
+def load_now(pointers, PLAIN: tl.constexpr):
+    """32 bits from each pointer, as int32. Assembly, since the pipeliner would stage every tl.load of the loop through shared
+    memory, at the price of a barrier."""
+    if PLAIN:
+        return tl.load(pointers.to(tl.pointer_type(tl.int32), bitcast=True))
+    else:
+        return tl.inline_asm_elementwise("ld.global.nc.b32 $0, [$1];", "=r,l", [pointers], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit(do_not_specialize=["batch", "positions", "buckets", "origin", "table_len", "max_tiles", "max_tiles_k"])
 def prepare_kernel(
-    Position, TimeBias, Times, Offsets, NumCandidates, PositionTable, Steps, Lut, Relative, FastTiles, Lowest, Bounds, Thresholds,
-    Cells, batch, position_head, time_head, positions, buckets, origin, table_len, max_tiles, max_tiles_k, scale,
+    Position, TimeBias, Times, Offsets, NumCandidates, PositionTable, Steps, Lut, Relative, FastTiles, Ordered, Lowest, Bounds,
+    Thresholds, Cells, batch, position_head, time_head, positions, buckets, origin, table_len, max_tiles, max_tiles_k, scale,
     HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, HAS_CANDIDATES: tl.constexpr, LADDER: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BISECT: tl.constexpr, CHUNK: tl.constexpr, TABLE_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BISECT: tl.constexpr, CHUNK: tl.constexpr, SCAN: tl.constexpr,
+    TABLE_BLOCK: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """What `attention_kernel` wants of the bias, for all heads and tiles.
 
-    Programs (tile, b < batch): times as int32 seconds since the sequence's first; the smallest bucket of each key tile; how
-    many tiles from the start cross at most LADDER boundaries. Programs (part, batch + head): tables of the head, halved.
+    Programs (row tile and part, b < batch): times as int32 seconds since the sequence's first; of each key tile before the row
+    tile its smallest bucket, the bucket boundaries in it, and for every row the column where each lies (Bounds, a byte each); how
+    many tiles from the start hold at most LADDER boundaries (FastTiles); how far the times ascend (Ordered). Programs (any,
+    batch + head): the tables of the head, times `scale` (position) and halved (time).
     """
-    tile, b = tl.program_id(0), tl.program_id(1)
+    tile, part, b = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
     if b >= batch:
         head = b - batch
         if HAS_POSITION:
             # Two copies of the reversed row, the second shifted by one, so that any pair of neighbours is aligned in one.
-            part = tile
+            part = tl.program_id(0)
             while part * TABLE_BLOCK < 2 * table_len:
                 at = part * TABLE_BLOCK + tl.arange(0, TABLE_BLOCK)
                 shift = tl.where(at >= table_len, 1, 0)
@@ -105,7 +144,7 @@ def prepare_kernel(
                 tl.store(PositionTable + head * 2 * table_len + at, scale * value, mask=at < 2 * table_len)
                 part += tl.num_programs(0)
         if HAS_TIME:  # noqa: SIM102 - a compile-time and a run-time condition
-            if tile == 0:
+            if tl.program_id(0) == 0:
                 step = tl.arange(0, 256)
                 value = 0.5 * tl.load(TimeBias + head * time_head + least(step, buckets - 1)).to(tl.float32)
                 tl.store(Steps + head * 256 + step, value)
@@ -114,10 +153,17 @@ def prepare_kernel(
                 bucket = (entry >> 32).to(tl.int32)
                 below = 0.5 * tl.load(TimeBias + head * time_head + bucket).to(tl.float32)
                 above = 0.5 * tl.load(TimeBias + head * time_head + least(bucket + 1, buckets - 1)).to(tl.float32)
-                lut = Lut + (head * CELLS + cell) * 4
-                tl.store(lut, entry.to(tl.int32), mask=cell < CELLS)
-                tl.store(lut + 1, below.to(tl.int32, bitcast=True), mask=cell < CELLS)
-                tl.store(lut + 2, above.to(tl.int32, bitcast=True), mask=cell < CELLS)
+                if WIDE:
+                    lut = Lut + (head * CELLS + cell) * 4
+                    tl.store(lut, entry.to(tl.int32), mask=cell < CELLS)
+                    tl.store(lut + 1, below.to(tl.int32, bitcast=True), mask=cell < CELLS)
+                    tl.store(lut + 2, above.to(tl.int32, bitcast=True), mask=cell < CELLS)
+                else:
+                    lut = Lut + (head * CELLS + cell) * 2
+                    low = least(most(below, -65504.0), 65504.0).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 65535
+                    high = least(most(above, -65504.0), 65504.0).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+                    tl.store(lut, entry.to(tl.int32), mask=cell < CELLS)
+                    tl.store(lut + 1, low | (high << 16), mask=cell < CELLS)
     elif HAS_TIME:
         start, end = tl.load(Offsets + b), tl.load(Offsets + b + 1)
         length = (end - start).to(tl.int32)
@@ -129,52 +175,58 @@ def prepare_kernel(
             rows = m0 + tl.arange(0, BLOCK_M)
             first_time = tl.load(Times + start)
             q_time = tl.load(Times + start + least(rows, length - 1)) - first_time
-            tl.store(Relative + start + rows, q_time.to(tl.int32), mask=rows < length)
+            tl.store(Relative + start + rows, q_time.to(tl.int32), mask=rows < tl.where(part == 0, length, 0))
             q_least = tl.reduce(q_time, 0, least).to(tl.int32)
             q_most = tl.reduce(q_time, 0, most).to(tl.int32)
+            if tl.program_id(0) == 0:
+                # Attention believes the columns below only as far as the times ascend from the start of the sequence.
+                ordered = length
+                for first in range(1, length, SCAN):
+                    column = first + tl.arange(0, SCAN)
+                    at = Times + start + least(column, length - 1)
+                    back = tl.load(at) < tl.load(at - 1)
+                    ordered = least(ordered, tl.reduce(tl.where(back & (column < length), column, length), 0, least))
+                tl.store(Ordered + b, ordered)
             full_tiles = least(m0 + 1, history) // BLOCK_N
             fast = full_tiles
-            for first in range(0, full_tiles, CHUNK):
+            for first in range(part * CHUNK, full_tiles, PARTS * CHUNK):
                 tiles = first + tl.arange(0, CHUNK)
-                columns = tiles[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-                k_time = tl.load(Times + start + least(columns, length - 1)) - first_time
-                k_least = tl.reduce(k_time, 1, least).to(tl.int32)
-                k_most = tl.reduce(k_time, 1, most).to(tl.int32)
-                inner = tl.arange(0, BLOCK_N)[None, :] < BLOCK_N - 1
-                k_next = tl.load(Times + start + least(columns + 1, length - 1)) - first_time
-                rising = tl.reduce(tl.where(inner, k_next - k_time, 0), 1, least) >= 0
-                in_order = (q_least >= k_most) & rising
-                lowest = bucket_of(tl.where(in_order, q_least - k_most, 0), Cells)
-                highest = bucket_of(tl.where(in_order, q_most - k_least, 0), Cells)
-                slow = (in_order == 0) | (highest - lowest > LADDER)
+                real = tiles < full_tiles
+                base = Times + start + tiles * BLOCK_N
+                k_least = (tl.load(base, mask=real, other=0) - first_time).to(tl.int32)
+                k_most = (tl.load(base + BLOCK_N - 1, mask=real, other=0) - first_time).to(tl.int32)
+                lowest = bucket_of(most(q_least - k_most, 0), Cells)
+                highest = bucket_of(most(q_most - k_least, 0), Cells)
+                slow = (q_least < k_most) | (highest - lowest > LADDER) | (highest < lowest)
                 fast = least(fast, tl.reduce(tl.where(slow, least(tiles, full_tiles), full_tiles), 0, least))
-                where = Lowest + (b * max_tiles + tile) * max_tiles_k + tiles
-                tl.store(where, lowest + ((highest - lowest) << 8), mask=tiles < full_tiles)
+                tl.store(Lowest + (b * max_tiles + tile) * max_tiles_k + tiles, lowest + ((highest - lowest) << 8), mask=real)
                 # The keys of a tile come in order of time: where a row's bucket changes is a column, found by bisection.
-                crossed = tl.where((tiles < full_tiles) & (slow == 0), highest - lowest, 0)
+                crossed = tl.where(real & (slow == 0), highest - lowest, 0)
                 busiest = tl.reduce(crossed, 0, most)
                 if busiest > 0:
-                    word = tl.full((CHUNK, BLOCK_M), 0, Bounds.dtype.element_ty)
-                    base = Times + start + tiles[:, None] * BLOCK_N
+                    word = tl.full((CHUNK, BLOCK_M), 0, tl.int32)
                     for number in tl.static_range(0, LADDER):
                         if busiest > number:
                             inside = (crossed > number)[:, None]
                             latest = q_time[None, :] - tl.load(Thresholds + lowest + number + 1)[:, None]
                             passed = tl.full((CHUNK, BLOCK_M), 0, tl.int32)
                             for halving in tl.static_range(1, BISECT + 1):
-                                k_at = tl.load(base + passed + ((BLOCK_N >> halving) - 1), mask=inside, other=0) - first_time
+                                where = base[:, None] + passed + ((BLOCK_N >> halving) - 1)
+                                k_at = tl.load(where, mask=inside, other=0) - first_time
                                 passed += tl.where(k_at <= latest, BLOCK_N >> halving, 0)
-                            k_at = tl.load(base + passed, mask=inside, other=0) - first_time
+                            k_at = tl.load(base[:, None] + passed, mask=inside, other=0) - first_time
                             passed += tl.where(k_at <= latest, 1, 0)
-                            word += passed.to(Bounds.dtype.element_ty) << (8 * number)
+                            word += passed << (8 * number)
                     to = Bounds + ((b * max_tiles + tile) * max_tiles_k + tiles[:, None]).to(tl.int64) * BLOCK_M
                     tl.store(to + tl.arange(0, BLOCK_M)[None, :], word, mask=(crossed > 0)[:, None])
-            tl.store(FastTiles + b * max_tiles + tile, fast)
+            tl.store(FastTiles + (b * max_tiles + tile) * PARTS + part, fast)
 
 
 @triton.jit
 def passed_by(bound, low, high, PLAIN: tl.constexpr):
-    """1 where bound > low + high, else 0."""
+    """1 where bound > low + high, else 0, for whole numbers: a saturating subtraction, which the floating-point unit does at
+    twice the rate of a comparison and a selection. `high` are constants and `low` two numbers a thread: neither takes registers.
+    """
     x = bound[:, None] - low[None, :]
     if PLAIN:
         return least(most(x - high[None, :], 0.0), 1.0)
@@ -185,6 +237,7 @@ def passed_by(bound, low, high, PLAIN: tl.constexpr):
 
 @triton.jit
 def position_pairs(p_rows, p_shift, p_columns, n0, PLAIN: tl.constexpr):
+    """Scaled position bias of the tile at key n0: rows p_rows, each p_shift pairs earlier."""
     return position_bias_of((p_rows + n0 // 2)[:, None] + (p_columns[None, :] - p_shift[:, None]), PLAIN)
 
 
@@ -213,6 +266,7 @@ def add_values(
     weights, acc, VTiles, v_tile, start, n0, head, v_row, value_dims, DV: tl.constexpr, DV_PAD: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """acc + weights V for the tile of keys at n0."""
     if TMA:
         v = VTiles.load([(start + n0).to(tl.int32), head * DV])
     else:
@@ -230,8 +284,8 @@ def with_time(half, crossed, word, value, following, steps, low, high, LADDER: t
     for number in tl.static_range(0, LADDER):
         if crossed > number:
             if number > 0:
-                value = tl.load(steps + number)
-                following = tl.load(steps + number + 1)
+                value = following
+                following = load_now(steps + number + 1, PLAIN).to(tl.float32, bitcast=True)
             bound = ((word >> (8 * number)) & 255).to(tl.float32)
             half += (following - value) * passed_by(bound, low, high, PLAIN)
     return half
@@ -239,12 +293,12 @@ def with_time(half, crossed, word, value, following, steps, low, high, LADDER: t
 
 @triton.jit(do_not_specialize=["pairs", "heads", "max_tiles", "max_tiles_k", "origin", "table_len"])
 def attention_kernel(
-    Q, K, V, KTiles, VTiles, Out, Offsets, NumCandidates, Relative, FastTiles, Lowest, Bounds, PositionTable, Steps, Lut,
-    q_row, q_head, k_row, k_head, v_row, v_head, pairs, heads, max_tiles, max_tiles_k, origin, table_len, half_scale, out_scale,
-    D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr, GROUP: tl.constexpr, NUM_CONTEXT: tl.constexpr, HAS_CANDIDATES: tl.constexpr,
+    Q, K, V, KTiles, VTiles, Out, Offsets, NumCandidates, Relative, FastTiles, Ordered, Lowest, Bounds, PositionTable, Steps,
+    Lut, q_row, q_head, k_row, k_head, v_row, v_head, pairs, heads, max_tiles, max_tiles_k, origin, table_len, half_scale,
+    out_scale, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, GROUP: tl.constexpr, NUM_CONTEXT: tl.constexpr, HAS_CANDIDATES: tl.constexpr,
     HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    PLAIN: tl.constexpr, LADDER: tl.constexpr, AFTER: tl.constexpr,
+    PLAIN: tl.constexpr, LADDER: tl.constexpr, AFTER: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M queries of one (sequence, head) against all keys it may see, in tiles of BLOCK_N."""
     # Programs start in order of their number: the heaviest tiles first, in groups of heads whose keys fit in L2 together.
@@ -276,7 +330,10 @@ def attention_kernel(
         fast_end = full_end
         if HAS_TIME:
             row_tile = b * max_tiles + tile
-            fast_end = tl.load(FastTiles + row_tile) * BLOCK_N
+            fast_end = tl.load(Ordered + b) // BLOCK_N
+            for part in tl.static_range(PARTS):
+                fast_end = least(fast_end, tl.load(FastTiles + row_tile * PARTS + part))
+            fast_end *= BLOCK_N
             lowest = Lowest + row_tile * max_tiles_k
             bounds = Bounds + row_tile.to(tl.int64) * (max_tiles_k * BLOCK_M)
         else:
@@ -304,7 +361,7 @@ def attention_kernel(
             p_shift = rows
             p_columns = columns
         if HAS_TIME:
-            lut = Lut + head * (CELLS * 4)
+            lut = Lut + head * (CELLS * (4 if WIDE else 2))
         k_tile = K
         v_tile = V
         if not TMA:
@@ -316,34 +373,20 @@ def attention_kernel(
         eighths = (8 * tl.arange(0, BLOCK_N // 8)).to(tl.float32)
         high = tl.reshape(tl.broadcast_to(eighths[:, None], (BLOCK_N // 8, 8)), (BLOCK_N,))
         low = tl.reshape(tl.broadcast_to(tl.arange(0, 8).to(tl.float32)[None, :], (BLOCK_N // 8, 8)), (BLOCK_N,))
+        if HAS_TIME:
+            coming = tl.load(lowest)
         for n0 in range(0, fast_end, BLOCK_N):
             if HAS_TIME:
-                crossed = tl.load(lowest + n0 // BLOCK_N)
-                word = tl.load(bounds + n0 // BLOCK_N * BLOCK_M + local)
+                crossed = coming
+                coming = load_now(lowest + least(n0 // BLOCK_N + 1, max_tiles_k - 1), PLAIN)
                 steps = Steps + head * 256 + (crossed & 255)
-                value = tl.load(steps)
-                following = tl.load(steps + 1)
+                value = load_now(steps, PLAIN).to(tl.float32, bitcast=True)
+                following = load_now(steps + 1, PLAIN).to(tl.float32, bitcast=True)
+                word = load_now(bounds + n0 // BLOCK_N * BLOCK_M + local, PLAIN)
             scores = key_scores(
-                q,
-                KTiles,
-                k_tile,
-                start,
-                n0,
-                head,
-                k_row,
-                dims,
-                p_rows,
-                p_shift,
-                p_columns,
-                D,
-                D_PAD,
-                BLOCK_M,
-                BLOCK_N,
-                HAS_POSITION and not AFTER,
-                TMA,
-                PLAIN,
-                PRECISION,
-            )
+                q, KTiles, k_tile, start, n0, head, k_row, dims, p_rows, p_shift, p_columns, D, D_PAD, BLOCK_M, BLOCK_N,
+                HAS_POSITION and not AFTER, TMA, PLAIN, PRECISION,
+            )  # fmt: skip
             half = scores * half_scale
             if HAS_POSITION and AFTER:
                 half += position_pairs(p_rows, p_shift, p_columns, n0, PLAIN)
@@ -367,8 +410,12 @@ def attention_kernel(
                 scores = position_pairs(p_rows, p_shift, p_near, n0, PLAIN)
             if HAS_TIME:
                 k_time = tl.load(Relative + start + keys, mask=keys < history, other=0)
-                by_time = time_bias_of(tl.abs(q_time[:, None] - k_time[None, :]), lut, PLAIN)
+                by_time = time_bias_of(tl.abs(q_time[:, None] - k_time[None, :]), lut, WIDE, PLAIN)
             k = tl.load(k_tile + (start + n0) * k_row, mask=(keys[None, :] < history) & (dims[:, None] < D), other=0.0)
+            if HAS_POSITION:
+                # Without this ptxas finds the bias to be written into a product under way, and then runs every matrix
+                # instruction of the kernel one at a time (its warning C7515).
+                tl.debug_barrier()
             half = tl.dot(q, k, scores, input_precision=PRECISION) * half_scale
             if HAS_POSITION and AFTER:
                 half += position_pairs(p_rows, p_shift, p_near, n0, PLAIN)
@@ -407,11 +454,12 @@ def attention_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How one launch is cut: query and key rows of a tile, warps, pipeline stages, heads that
-    share L2, registers a thread, bucket boundaries that a tile of the fast loop may cross.
+    """How one launch is cut: query and key rows of a tile, warps, pipeline stages, heads that share L2, registers a thread,
+    bucket boundaries that a tile of the fast loop may hold (at most 4).
 
-    block_s is the key rows of a tile where every score may need a mask or a bucket of its own. exact: the exact SiLU in half
-    precision too; tma: let the tensor memory accelerator read the keys where it can.
+    after: add the position bias to the product, instead of starting the product from it. block_s: key rows of a tile where every
+    score may need a mask or a bucket of its own. exact: the exact SiLU in half precision too. tma: let the tensor memory
+    accelerator read the keys where it can.
     """
 
     block_m: int
@@ -421,7 +469,7 @@ class Tiles:
     num_stages: int = 2
     group: int = 16
     maxnreg: int | None = None
-    ladder: int = LADDER
+    ladder: int = 4
     exact: bool = False
     tma: bool = True
     after: bool = False
@@ -442,15 +490,19 @@ def default_tiles(dtype: torch.dtype, d: int, max_len: int, pairs: int, bias: Re
         return Tiles(128, 64, 32, num_warps=8, num_stages=3) if d <= 64 else Tiles(64, 64, 32)
     biased = bias is not None and (bias.position is not None or bias.time is not None)
     timed = bias is not None and bias.time is not None
-    if biased and max_len <= 1024:
-        return Tiles(64, 32, 32, num_stages=3) if pairs * max_len > 2**14 else Tiles(32, 64, 64)
-    if timed:
-        return Tiles(64, 128, 32, maxnreg=168) if d <= 64 else Tiles(64, 64, 32, num_stages=3, ladder=3)
-    if biased:
-        return Tiles(64, 128, 32, maxnreg=168) if d <= 64 else Tiles(128, 64, 32)
-    if max_len <= 1024:
-        return Tiles(64, 64, 32, num_stages=3)
-    return Tiles(128, 64, 64, num_warps=8, num_stages=3, maxnreg=128) if d <= 64 else Tiles(128, 64, 32, group=8)
+    if not biased:
+        if d > 64:
+            return Tiles(64, 64, 32, num_stages=3) if max_len <= 4096 else Tiles(128, 64, 32, group=8)
+        return Tiles(64, 64, 64, num_stages=3) if max_len <= 2048 else Tiles(128, 64, 64, num_warps=8, num_stages=3, maxnreg=128)
+    if pairs * max_len <= 2**14:
+        return Tiles(32, 64, 64)
+    if d <= 64:
+        return Tiles(64, 64, 32, maxnreg=128)
+    if not timed:
+        return Tiles(128, 64, 32, group=8)
+    if max_len <= 2048:
+        return Tiles(64, 32, 32, num_stages=3, maxnreg=168)
+    return Tiles(64, 64, 32, num_stages=3, maxnreg=224, group=8, after=True)
 
 
 @functools.cache
@@ -478,6 +530,11 @@ def bucket_tables(num_buckets: int, device: torch.device) -> tuple[Tensor, Tenso
     return as_tensor(thresholds, dtype=torch.int32), as_tensor(cells, dtype=torch.int64)
 
 
+def parts_of(max_len: int, block_n: int) -> int:
+    """Programs that share the preparation of one row tile: the loads of one wait for each other, so the more the sooner."""
+    return min(8, triton.next_power_of_2(triton.cdiv(max_len, block_n * CHUNK.value)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What one launch shares with its preparation: sizes, and where the bias tables go (None where there is no such bias)."""
@@ -491,11 +548,13 @@ class Plan:
     lut: Tensor | None = None
     relative: Tensor | None = None
     fast_tiles: Tensor | None = None
+    ordered: Tensor | None = None
     lowest: Tensor | None = None
     bounds: Tensor | None = None
     thresholds: Tensor | None = None
     cells: Tensor | None = None
     after: bool = False
+    parts: int = 1
 
     def prepare_arguments(self, bias: RelativeBias, times: Tensor | None, offsets: Tensor, num_candidates: Tensor | None, d: int):
         """Run-time arguments of `prepare_kernel` by name."""
@@ -503,7 +562,8 @@ class Plan:
         return {
             "Position": position, "TimeBias": time, "Times": times, "Offsets": offsets, "NumCandidates": num_candidates,
             "PositionTable": self.position_table, "Steps": self.steps, "Lut": self.lut, "Relative": self.relative,
-            "FastTiles": self.fast_tiles, "Lowest": self.lowest, "Bounds": self.bounds, "Thresholds": self.thresholds,
+            "FastTiles": self.fast_tiles, "Ordered": self.ordered, "Lowest": self.lowest, "Bounds": self.bounds,
+            "Thresholds": self.thresholds,
             "Cells": self.cells, "batch": offsets.shape[0] - 1,
             "position_head": 0 if position is None else position.stride(0), "time_head": 0 if time is None else time.stride(0),
             "positions": 0 if position is None else position.shape[1], "buckets": 0 if time is None else time.shape[1],
@@ -514,8 +574,9 @@ class Plan:
     def attention_arguments(self):
         """Those run-time arguments of `attention_kernel` that come from the plan, by name."""
         return {
-            "Relative": self.relative, "FastTiles": self.fast_tiles, "Lowest": self.lowest, "Bounds": self.bounds,
-            "PositionTable": self.position_table, "Steps": self.steps, "Lut": self.lut, "max_tiles": self.max_tiles,
+            "Relative": self.relative, "FastTiles": self.fast_tiles, "Ordered": self.ordered, "Lowest": self.lowest,
+            "Bounds": self.bounds, "PositionTable": self.position_table, "Steps": self.steps, "Lut": self.lut,
+            "max_tiles": self.max_tiles,
             "max_tiles_k": self.max_tiles_k, "origin": self.origin, "table_len": self.table_len,
         }  # fmt: skip
 
@@ -533,6 +594,7 @@ def plan(
 ) -> Plan:
     """Sizes and empty tables for `total` rows of `batch` sequences, none longer than `max_len`."""
     max_tiles, max_tiles_k = triton.cdiv(max_len, tiles.block_m), triton.cdiv(max_len, tiles.block_n)
+    parts = parts_of(max_len, tiles.block_n)
     origin = max_tiles * tiles.block_m  # no row of any tile lies beyond
     beyond = max(tiles.block_m, num_context) + max(tiles.block_n, tiles.block_s)
     table_len = origin + beyond + beyond % 2 + 2
@@ -544,12 +606,11 @@ def plan(
         thresholds, cells = bucket_tables(bias.time.shape[1], device)
         tables |= {
             "steps": new(heads, 256, dtype=torch.float32), "lut": new(heads, CELLS.value, 4), "relative": new(total),
-            "fast_tiles": new(batch, max_tiles), "lowest": new(batch, max_tiles, max_tiles_k),
-            "bounds": new(batch, max_tiles, max_tiles_k, tiles.block_m, dtype=torch.int32 if tiles.ladder <= 4 else torch.int64),
-            "thresholds": thresholds,
+            "fast_tiles": new(batch, max_tiles, parts), "ordered": new(batch), "lowest": new(batch, max_tiles, max_tiles_k),
+            "bounds": new(batch, max_tiles, max_tiles_k, tiles.block_m), "thresholds": thresholds,
             "cells": cells,
         }  # fmt: skip
-    return Plan(max_tiles, max_tiles_k, origin, table_len, after=tiles.after, **tables)
+    return Plan(max_tiles, max_tiles_k, origin, table_len, after=tiles.after, parts=parts, **tables)
 
 
 def attention_jagged(
@@ -583,9 +644,12 @@ def attention_jagged(
     shared = plan(tiles, bias, q.device, batch=batch, heads=heads, total=total, max_len=max_len, num_context=num_context)
     flags = {"HAS_POSITION": has_position, "HAS_TIME": has_time, "HAS_CANDIDATES": num_candidates is not None}
     if has_position or has_time:
-        prepare_kernel[(shared.max_tiles, batch + heads)](
+        prepare_kernel[(shared.max_tiles * shared.parts, batch + heads)](
             **shared.prepare_arguments(bias, times.long() if has_time else None, offsets, num_candidates, d), **flags,
-            LADDER=tiles.ladder, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BISECT=tiles.block_n.bit_length() - 1, CHUNK=4 if interpreted() else max(1, 512 // tiles.block_n), TABLE_BLOCK=512,
+            LADDER=tiles.ladder, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BISECT=tiles.block_n.bit_length() - 1,
+            CHUNK=CHUNK, SCAN=1024,
+            TABLE_BLOCK=512, WIDE=q.dtype == torch.float32,
+            PARTS=shared.parts,
         )  # fmt: skip
     d_pad, dv_pad = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv))
     tma = tiles.tma and d == d_pad and dv == dv_pad and k.stride(1) == d and v.stride(1) == dv and use_tma(k, v)
@@ -599,9 +663,9 @@ def attention_jagged(
         **shared.attention_arguments(), q_row=q.stride(0), q_head=q.stride(1), k_row=k.stride(0), k_head=k.stride(1),
         v_row=v.stride(0), v_head=v.stride(1), pairs=batch * heads, heads=heads, half_scale=0.5 * d**-0.5, out_scale=1 / divisor,
         D=d, DV=dv, D_PAD=d_pad, DV_PAD=dv_pad, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_S=tiles.block_s,
-        GROUP=tiles.group, NUM_CONTEXT=num_context, **flags, EXACT=full or tiles.exact or interpreted(), TMA=tma,
-        PLAIN=interpreted(), AFTER=tiles.after,
-        PRECISION="ieee" if full else "tf32", LADDER=tiles.ladder, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        GROUP=tiles.group, NUM_CONTEXT=num_context, **flags, EXACT=full or tiles.exact or interpreted(), WIDE=full,
+        PARTS=shared.parts, AFTER=tiles.after, LADDER=tiles.ladder, TMA=tma, PLAIN=interpreted(),
+        PRECISION="ieee" if full else "tf32", num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         **({} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg}),
     )  # fmt: skip
     return out

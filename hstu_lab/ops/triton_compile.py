@@ -46,6 +46,16 @@ class CompiledKernel:
         """How often a machine instruction occurs, by the start of its name: "HMMA", "HGMMA", "MUFU.TANH"."""
         return len(re.findall(rf"\s{re.escape(mnemonic)}", self.sass))
 
+    def loop(self, mnemonic: str) -> list[str]:
+        """Machine instructions of the innermost loop that holds `mnemonic` most often."""
+        lines = self.sass.splitlines()
+        labels = {m.group(1): at for at, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
+        jumps = [(labels[m.group(1)], at) for at, line in enumerate(lines) if (m := re.search(r"BRA.*`\((\.L_x_\d+)\)", line))]
+        loops = [(start, end) for start, end in jumps if start < end]
+        inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+        bodies = [[line for line in lines[start : end + 1] if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line)] for start, end in inner]
+        return max(bodies, key=lambda body: sum(f" {mnemonic}" in line for line in body))
+
 
 @functools.cache
 def compiled_modules() -> dict[str, types.ModuleType]:
@@ -76,40 +86,44 @@ _TYPES = {
     **dict.fromkeys(("Position", "TimeBias", "PositionTable", "Steps", "Parts"), _FLOAT),
     **dict.fromkeys(("Offsets", "NumCandidates", "Times", "Cells", "Ids", "BlockTable", "QueryOffsets", "SeqLens"), _LONG),
     **dict.fromkeys(("QueryTimes", "SlotTimes"), _LONG),
-    **dict.fromkeys(("Relative", "FastTiles", "Lowest", "Bounds", "Lut", "Thresholds"), _INT),
+    **dict.fromkeys(("Relative", "FastTiles", "Ordered", "Lowest", "Bounds", "Lut", "Thresholds"), _INT),
     **dict.fromkeys(("half_scale", "out_scale", "scale", "eps", "fill"), "fp32"),
 }
 _ALIGNED = ("x_row", "gate_row", "width", "columns", "depth", "residual_row", "size")
 
 
-def _attention(d: int, bias: bool, tma: bool, tiles) -> dict:
-    absent = () if bias else ("Relative", "FastTiles", "Lowest", "Bounds", "PositionTable", "Steps", "Lut")
+def _attention(d: int, position: bool, time: bool, tma: bool, tiles, parts: int) -> dict:
+    absent = () if time else ("Relative", "FastTiles", "Ordered", "Lowest", "Bounds", "Steps", "Lut")
+    absent += () if position else ("PositionTable",)
     return {
         **dict.fromkeys(("NumCandidates", *absent, *(() if tma else ("KTiles", "VTiles")))),
         "D": d, "DV": d, "D_PAD": d, "DV_PAD": d, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_S": tiles.block_s,
-        "GROUP": tiles.group, "NUM_CONTEXT": 1, "HAS_CANDIDATES": False, "HAS_POSITION": bias, "HAS_TIME": bias, "EXACT": False,
-        "TMA": tma, "PRECISION": "tf32", "PLAIN": False, "LADDER": tiles.ladder, "AFTER": tiles.after,
+        "GROUP": tiles.group, "NUM_CONTEXT": 1, "HAS_CANDIDATES": False, "HAS_POSITION": position, "HAS_TIME": time, "EXACT": False,
+        "TMA": tma, "PRECISION": "tf32", "PLAIN": False, "LADDER": tiles.ladder, "AFTER": tiles.after, "WIDE": False,
+        "PARTS": parts,
     }  # fmt: skip
 
 
-def _specification(name: str, capability: int, d: int) -> tuple[object, dict, int, int, dict, int | None]:
+def _specification(name: str, capability: int, d: int, length: int) -> tuple[object, dict, int, int, dict, int | None]:
     """(kernel, compile-time arguments, warps, stages, tensor descriptors, register cap) of the variant that is shown."""
     modules = compiled_modules()
     attention, memory, linear, paged = (modules[m] for m in _MODULES[1:])
     tma = capability >= 90
-    if name in ("attention", "attention_bias"):
-        bias = name == "attention_bias"
-        table = torch.zeros(1, 1) if bias else None
-        tiles = attention.default_tiles(torch.bfloat16, d, 4096, 128, RelativeBias(table, table), capability)
+    if name in ("attention", "attention_position", "attention_bias"):
+        position, time = name != "attention", name == "attention_bias"
+        bias = RelativeBias(*(torch.zeros(1, 1) if there else None for there in (position, time)))
+        tiles = attention.default_tiles(torch.bfloat16, d, length, 128, bias, capability)
         descriptors = dict.fromkeys(("KTiles", "VTiles"), f"tensordesc<bf16[{tiles.block_n}, {d}]>") if tma else {}
-        arguments = _attention(d, bias, tma, tiles)
+        arguments = _attention(d, position, time, tma, tiles, attention.parts_of(length, tiles.block_n))
         return attention.attention_kernel, arguments, tiles.num_warps, tiles.num_stages, descriptors, tiles.maxnreg
     if name == "prepare":
         table = torch.zeros(1, 1)
-        tiles = attention.default_tiles(torch.bfloat16, d, 4096, 128, RelativeBias(table, table), capability)
+        tiles = attention.default_tiles(torch.bfloat16, d, length, 128, RelativeBias(table, table), capability)
         arguments = {
             "HAS_POSITION": True, "HAS_TIME": True, "HAS_CANDIDATES": False, "LADDER": tiles.ladder, "BLOCK_M": tiles.block_m,
-            "BLOCK_N": tiles.block_n, "BISECT": tiles.block_n.bit_length() - 1, "CHUNK": 512 // tiles.block_n, "TABLE_BLOCK": 512, "NumCandidates": None,
+            "BLOCK_N": tiles.block_n, "BISECT": tiles.block_n.bit_length() - 1, "CHUNK": attention.CHUNK.value, "SCAN": 1024,
+            "TABLE_BLOCK": 512, "WIDE": False, "PARTS": attention.parts_of(length, tiles.block_n),
+            "NumCandidates": None,
         }  # fmt: skip
         return attention.prepare_kernel, arguments, 4, 3, {}, None
     if name in ("decode", "extend"):
@@ -120,7 +134,7 @@ def _specification(name: str, capability: int, d: int) -> tuple[object, dict, in
             **dict.fromkeys(("KeyTiles", "ValueTiles", "HistoryLens", "TileList")),
             "D": d, "DV": d, "D_PAD": d, "DV_PAD": d, "PAGE": 16, "BLOCK_M": block_m, "BLOCK_N": block_n, "NUM_CONTEXT": 1,
             "HAS_CANDIDATES": False, "HAS_HISTORY": False, "HAS_LIST": False, "HAS_POSITION": False, "HAS_TIME": False,
-            "EXACT": False, "TMA": False, "BIAS_ROWS": block_m, "PIPE": tiles.pipe, "PRECISION": "tf32",
+            "EXACT": False, "TMA": False, "BIAS_ROWS": block_m, "PLAIN": False, "PRECISION": "tf32",
         }  # fmt: skip
         return paged.paged_kernel, arguments, tiles.num_warps, tiles.num_stages, {}, tiles.maxnreg
     if name == "sum_splits":
@@ -142,19 +156,20 @@ def _specification(name: str, capability: int, d: int) -> tuple[object, dict, in
 
 
 KERNELS = (
-    "attention", "attention_bias", "prepare", "decode", "extend", "sum_splits", "norm_gate", "gather_sum", "jagged_to_dense",
-    "project_silu",
+    "attention", "attention_position", "attention_bias", "prepare", "decode", "extend", "sum_splits", "norm_gate", "gather_sum",
+    "jagged_to_dense", "project_silu",
 )  # fmt: skip
 """Names that `compile_kernel` takes."""
 
 
 @functools.cache
-def compile_kernel(name: str, capability: int = 80, d: int = 64) -> CompiledKernel:
-    """One of KERNELS in bfloat16 for compute capability 8.0 (80) or 9.0 (90), head width `d`, with its default tiles.
+def compile_kernel(name: str, capability: int = 80, d: int = 64, length: int = 4096) -> CompiledKernel:
+    """One of KERNELS in bfloat16 for compute capability 8.0 (80) or 9.0 (90), head width `d`, with its default tiles for
+    128 heads of `length` events.
 
     Raises ValueError for an unknown name.
     """
-    kernel, arguments, warps, stages, descriptors, cap = _specification(name, capability, d)
+    kernel, arguments, warps, stages, descriptors, cap = _specification(name, capability, d, length)
     signature = {}
     for argument in kernel.arg_names:
         if argument in arguments:

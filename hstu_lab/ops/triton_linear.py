@@ -68,10 +68,11 @@ def _default_tiles(x: Tensor, rows: int, columns: int) -> LinearTiles:
         return LinearTiles(16, 16, 16)
     if x.dtype == torch.float32:
         return LinearTiles(64, 64, 16, 4, 2)
-    for block_m, block_n, warps in ((128, 128, 8), (128, 64, 4)):
-        if triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n) >= 1.5 * processors(x):
-            return LinearTiles(block_m, block_n, 64, warps, 4)
-    return LinearTiles(64, 64, 128, 4, 4) if rows > 32 else LinearTiles(16, 64, 128, 4, 5)
+    # Three stages of the large tile leave room for two programs on an SM, which four would not.
+    for tiles in (LinearTiles(128, 128, 64, 8, 3), LinearTiles(64, 128, 64, 4, 4)):
+        if triton.cdiv(rows, tiles.block_m) * triton.cdiv(columns, tiles.block_n) >= 1.5 * processors(x):
+            return tiles
+    return LinearTiles(64, 32, 128, 4, 4) if rows > 32 else LinearTiles(16, 64, 128, 4, 5)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, tiles: LinearTiles | None) -> Tensor:

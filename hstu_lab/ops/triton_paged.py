@@ -33,7 +33,6 @@ class PagedTiles:
     num_stages: int = 3
     splits: int = 1
     maxnreg: int | None = None
-    pipe: bool = False
 
 
 @triton.jit
@@ -54,23 +53,45 @@ def paged_bias(
 
 
 @triton.jit
+def load_page(table, index, PLAIN: tl.constexpr):
+    """Pages table[index], int32; the table's entries, 32 or 64 bits each, are below 2^31. In assembly, so that the pipeliner
+    does not stage them through shared memory, a barrier each."""
+    if PLAIN:
+        return tl.load(table + index).to(tl.int32)
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.b32 $0, [$1];", "=r,l", [table + index], dtype=tl.int32, is_pure=True, pack=1
+        )  # fmt: skip
+
+
+@triton.jit
+def page_and_slot(n0, near, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Index into the table, and slot in its page, of keys n0 + near; n0 is a multiple of BLOCK_N."""
+    if BLOCK_N % PAGE == 0:  # said so, slots do not change from tile to tile
+        index, slot = n0 // PAGE + near // PAGE, near % PAGE
+    else:
+        index, slot = (n0 + near) // PAGE, (n0 + near) % PAGE
+    return index, slot
+
+
+@triton.jit
 def paged_scores(
-    q, KeyTiles, keys_of_head, table, SlotTimes, Position, TimeBias, Cells, n0, bias_position, q_time, positions, head,
+    q, page_now, KeyTiles, keys_of_head, table, SlotTimes, Position, TimeBias, Cells, n0, bias_position, q_time, positions, head,
     position_head, time_head, time_page, k_page, k_slot, k_head, half_scale, D: tl.constexpr, D_PAD: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_N: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     """Scores (M, BLOCK_N) of keys from n0 on, in units that half_scale turns into half a score, bias included."""
     near = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, D_PAD)
     keys = n0 + near
+    index, slot = page_and_slot(n0, near, PAGE, BLOCK_N)
     # A tile within one page is one copy by the tensor memory accelerator; else every key row finds its own page.
-    page = tl.load(table + (n0 if TMA else keys) // PAGE).to(tl.int64)
-    slot = (n0 if TMA else keys) % PAGE
+    page = (page_now if TMA else load_page(table, index, PLAIN)).to(tl.int64)
     if TMA:
-        k = KeyTiles.load([(page * PAGE + slot).to(tl.int32), head * k_head]).T
+        k = KeyTiles.load([(page * PAGE + n0 % PAGE).to(tl.int32), head * k_head]).T
     else:
-        k_rows = keys_of_head + (page * k_page + slot * k_slot)[None, :] + dims[:, None]
+        k_rows = keys_of_head + (slot * k_slot)[None, :] + dims[:, None] + (page * k_page)[None, :]
         if D_PAD == D:
             k = tl.load(k_rows)
         else:
@@ -79,7 +100,7 @@ def paged_scores(
     if HAS_POSITION or HAS_TIME:
         k_time = tl.full((BLOCK_N,), 0, tl.int64)
         if HAS_TIME:
-            k_time = tl.load(SlotTimes + page * time_page + (slot + near if TMA else slot))
+            k_time = tl.load(SlotTimes + page * time_page + (n0 % PAGE + near if TMA else slot))
         bias = paged_bias(
             Position, TimeBias, Cells, bias_position, keys, q_time, k_time, positions, head, position_head, time_head,
             HAS_POSITION, HAS_TIME,
@@ -90,18 +111,17 @@ def paged_scores(
 
 @triton.jit
 def paged_values(
-    ValueTiles, values_of_head, table, n0, head, v_page, v_slot, v_head, DV: tl.constexpr, DV_PAD: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    page_now, ValueTiles, values_of_head, table, n0, head, v_page, v_slot, v_head, DV: tl.constexpr, DV_PAD: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     """Values (BLOCK_N, DV_PAD) of keys from n0 on."""
-    keys = n0 + tl.arange(0, BLOCK_N)
+    index, slot = page_and_slot(n0, tl.arange(0, BLOCK_N), PAGE, BLOCK_N)
     value_dims = tl.arange(0, DV_PAD)
-    page = tl.load(table + (n0 if TMA else keys) // PAGE).to(tl.int64)
-    slot = (n0 if TMA else keys) % PAGE
+    page = (page_now if TMA else load_page(table, index, PLAIN)).to(tl.int64)
     if TMA:
-        v = ValueTiles.load([(page * PAGE + slot).to(tl.int32), head * v_head])
+        v = ValueTiles.load([(page * PAGE + n0 % PAGE).to(tl.int32), head * v_head])
     else:
-        v_rows = values_of_head + (page * v_page + slot * v_slot)[:, None] + value_dims[None, :]
+        v_rows = values_of_head + (slot * v_slot)[:, None] + value_dims[None, :] + (page * v_page)[:, None]
         if DV_PAD == DV:
             v = tl.load(v_rows)
         else:
@@ -118,7 +138,7 @@ def paged_kernel(
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, NUM_CONTEXT: tl.constexpr, HAS_CANDIDATES: tl.constexpr, HAS_HISTORY: tl.constexpr,
     HAS_LIST: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
-    BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr, PIPE: tl.constexpr,
+    BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one (sequence, head) against one part of the cached keys; Out is (splits, total, heads, DV)."""
     head = tl.program_id(0) % heads
@@ -173,56 +193,24 @@ def paged_kernel(
         values_of_head = ValueCache + head * v_head
         acc = tl.full((BLOCK_M, DV_PAD), 0.0, tl.float32)
 
-        # Keys that every query of this tile sees. The next tile's scores are begun before this one's SiLU (PIPE): the matrix
-        # unit works while the special-function unit does.
-        if PIPE:
-            if full_end > first:
-                half = paged_scores(
-                    q, KeyTiles, keys_of_head, table, SlotTimes, Position, TimeBias, Cells, first, bias_position, q_time, positions,
-                    head, position_head, time_head, time_page, k_page, k_slot, k_head, half_scale, D, D_PAD, PAGE, BLOCK_N,
-                    HAS_POSITION, HAS_TIME, TMA, PRECISION,
-                )  # fmt: skip
-                for n0 in range(first, full_end - BLOCK_N, BLOCK_N):
-                    coming = paged_scores(
-                        q, KeyTiles, keys_of_head, table, SlotTimes, Position, TimeBias, Cells, n0 + BLOCK_N, bias_position, q_time,
-                        positions, head, position_head, time_head, time_page, k_page, k_slot, k_head, half_scale, D, D_PAD, PAGE,
-                        BLOCK_N, HAS_POSITION, HAS_TIME, TMA, PRECISION,
-                    )  # fmt: skip
-                    weights = silu_of_half(half * half_scale, EXACT).to(q.dtype)
-                    v = paged_values(
-                        ValueTiles, values_of_head, table, n0, head, v_page, v_slot, v_head, DV, DV_PAD, PAGE, BLOCK_N, TMA
-                    )
-                    acc = tl.dot(weights, v, acc, input_precision=PRECISION)
-                    half = coming
-                weights = silu_of_half(half * half_scale, EXACT).to(q.dtype)
-                v = paged_values(
-                    ValueTiles,
-                    values_of_head,
-                    table,
-                    full_end - BLOCK_N,
-                    head,
-                    v_page,
-                    v_slot,
-                    v_head,
-                    DV,
-                    DV_PAD,
-                    PAGE,
-                    BLOCK_N,
-                    TMA,
-                )
-                acc = tl.dot(weights, v, acc, input_precision=PRECISION)
-        else:
-            for n0 in range(first, full_end, BLOCK_N):
-                half = paged_scores(
-                    q, KeyTiles, keys_of_head, table, SlotTimes, Position, TimeBias, Cells, n0, bias_position, q_time, positions,
-                    head, position_head, time_head, time_page, k_page, k_slot, k_head, half_scale, D, D_PAD, PAGE, BLOCK_N,
-                    HAS_POSITION, HAS_TIME, TMA, PRECISION,
-                )  # fmt: skip
-                weights = silu_of_half(half * half_scale, EXACT).to(q.dtype)
-                v = paged_values(
-                    ValueTiles, values_of_head, table, n0, head, v_page, v_slot, v_head, DV, DV_PAD, PAGE, BLOCK_N, TMA
-                )
-                acc = tl.dot(weights, v, acc, input_precision=PRECISION)
+        # Keys that every query of this tile sees.
+        coming = 0
+        if TMA:
+            coming = load_page(table, least(first // PAGE, table_row - 1), PLAIN)
+        for n0 in range(first, full_end, BLOCK_N):
+            page = coming
+            if TMA:
+                coming = load_page(table, least((n0 + BLOCK_N) // PAGE, table_row - 1), PLAIN)
+            half = paged_scores(
+                q, page, KeyTiles, keys_of_head, table, SlotTimes, Position, TimeBias, Cells, n0, bias_position, q_time,
+                positions, head, position_head, time_head, time_page, k_page, k_slot, k_head, half_scale, D, D_PAD, PAGE, BLOCK_N,
+                HAS_POSITION, HAS_TIME, TMA, PRECISION, PLAIN,
+            )  # fmt: skip
+            weights = silu_of_half(half * half_scale, EXACT).to(q.dtype)
+            v = paged_values(
+                page, ValueTiles, values_of_head, table, n0, head, v_page, v_slot, v_head, DV, DV_PAD, PAGE, BLOCK_N, TMA, PLAIN
+            )
+            acc = tl.dot(weights, v, acc, input_precision=PRECISION)
 
         # The diagonal and the end of the history.
         for n0 in range(full_end, end, BLOCK_N):
@@ -296,8 +284,14 @@ def default_tiles(dtype: torch.dtype, d: int, page: int, max_queries: int, capab
     if max_queries <= 16:
         return PagedTiles(16, block_n)
     if max_queries <= 32:
-        return PagedTiles(32, block_n)
-    return PagedTiles(128, 64) if max_queries > 64 and 64 < d <= 128 and capability >= 90 else PagedTiles(64, 64)
+        return PagedTiles(32, 64 if d <= 64 else block_n)
+    if capability < 90 or d > 128 or max_queries <= 64:
+        return PagedTiles(64, 64)
+    if d > 64:
+        return PagedTiles(64, 64, maxnreg=168)
+    if page < 64:
+        return PagedTiles(128, 128, num_warps=8, maxnreg=128)
+    return PagedTiles(64, 64, num_stages=4) if max_queries <= 128 else PagedTiles(128, 64, num_warps=8, maxnreg=128)
 
 
 def _split(tiles: PagedTiles, q: Tensor, max_queries: int, max_keys: int, pairs: int) -> PagedTiles:
@@ -305,7 +299,9 @@ def _split(tiles: PagedTiles, q: Tensor, max_queries: int, max_keys: int, pairs:
     if interpreted():
         return dataclasses.replace(tiles, splits=2 if max_keys > 32 else 1)
     programs = pairs * triton.cdiv(max_queries, tiles.block_m)
-    wanted = (4 if q.shape[2] <= 64 else 2) * processors(q) // programs
+    # Decode is over the sooner the more programs read; matrix work is better left in longer loops.
+    a_processor = (4, 2) if max_queries <= 16 else (3, 1.5)
+    wanted = int(a_processor[q.shape[2] > 64] * processors(q)) // programs
     return dataclasses.replace(tiles, splits=max(1, min(wanted, triton.cdiv(max_keys, 2 * tiles.block_n), 16)))
 
 
@@ -371,7 +367,7 @@ def attention_paged(
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, NUM_CONTEXT=num_context, HAS_CANDIDATES=candidates is not None,
         HAS_HISTORY=history_lens is not None, HAS_LIST=tile_list is not None, HAS_POSITION=position is not None,
         HAS_TIME=time is not None, EXACT=q.dtype == torch.float32 or interpreted(), TMA=tma,
-        BIAS_ROWS=1 if max_queries == 1 else tiles.block_m, PIPE=tiles.pipe,
+        BIAS_ROWS=1 if max_queries == 1 else tiles.block_m, PLAIN=interpreted(),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         **({} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg}),

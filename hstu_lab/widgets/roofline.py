@@ -12,7 +12,10 @@ import numpy as np
 from hstu_lab.measure import format_seconds
 from hstu_lab.widgets.base import EDGE, STYLE, Explorer, Figure, source_line
 
-BOUND_COLOURS = {"matrix": "#0072b2", "memory": "#e69f00", "special functions": "#cc79a7", "launch": "#999999"}
+BOUND_COLOURS = {
+    "matrix": "#0072b2", "memory": "#e69f00", "special functions": "#cc79a7", "instructions": "#56b4e9", "waiting": "#009e73",
+    "launch": "#999999",
+}  # fmt: skip
 
 
 def roofline_plot(operators: Sequence, device, dtype: str = "bf16", title: str = "", *, summed: bool = True) -> Figure:
