@@ -48,7 +48,9 @@ def test_a_bucket_boundary_is_a_saturating_subtraction():
     assert not any("FSEL" in line for line in body)
 
 
-@pytest.mark.parametrize(("name", "bias"), list(zip(("attention", "attention_position", "attention_bias"), roofline.INSTRUCTIONS)))
+@pytest.mark.parametrize(
+    ("name", "bias"), list(zip(("attention", "attention_position", "attention_bias"), roofline.INSTRUCTIONS))
+)
 def test_the_roofline_counts_instructions_as_they_are(name, bias):
     body, scores = loop_of(name)
     unlikely = 2 * (triton_attention.Tiles(64, 64, 32).ladder - 1) if bias == "position+time" else 0

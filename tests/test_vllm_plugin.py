@@ -113,6 +113,24 @@ def test_candidates_take_the_last_time_and_are_no_history():
     assert note(slots, [-1, -1], [1, 1], [0, 2], [7], [[1, 2]], [9, 10], 4) == ([18, 18], [3])
 
 
+def test_made_up_steps_stay_inside_the_block_table():
+    """vLLM warms up its largest CUDA graph with sequences longer than any table; kernels would read block numbers behind it."""
+    from hstu_lab.vllm_plugin.attention import HSTUMetadataBuilder
+
+    layer = types.SimpleNamespace(impl=types.SimpleNamespace(slots=new_slots()))
+    config = types.SimpleNamespace(compilation_config=types.SimpleNamespace(static_forward_context={"layer": layer}))
+    builder = HSTUMetadataBuilder(types.SimpleNamespace(block_size=16), ["layer"], config, torch.device("cpu"))
+    seq_lens = torch.tensor([8192, 3], dtype=torch.int32)
+    common = types.SimpleNamespace(
+        seq_lens=seq_lens, block_table_tensor=torch.zeros(2, 6, dtype=torch.int32), max_seq_len=8192, num_actual_tokens=2,
+        query_start_loc=torch.tensor([0, 1, 2]), slot_mapping=torch.tensor([-1, -1]),
+    )  # fmt: skip
+    assert builder.build(0, common).seq_lens.tolist() == [96, 3]
+    common.max_seq_len = 96
+    assert builder.build(0, common).seq_lens is seq_lens, "a graph must read vLLM's own buffer"
+    assert layer.impl.slots.step.slots.tolist() == [-1, -1]
+
+
 # ---- what prompt embeddings carry
 
 
