@@ -129,6 +129,8 @@ class Engine:
         self.config = load_config(checkpoint)
         arguments = dataclasses.asdict(options)
         self.micro_batch = min(arguments.pop("micro_batch"), (self.config.num_items - 1) // len(TASKS))
+        if not options.enable_chunked_prefill:  # then a request must fit into one step
+            self.micro_batch = max(min(self.micro_batch, options.max_num_batched_tokens - self.config.max_seq_len - 1), 0)
         arguments["additional_config"] = {"ops": arguments.pop("ops")}
         arguments["enable_prompt_embeds"] = arguments.pop("prompt_embeds")
         sizes = graph_sizes(options.max_num_batched_tokens if options.cuda_graphs == "FULL" else options.max_num_seqs)
@@ -142,7 +144,8 @@ class Engine:
             self.engine = LLMEngine.from_engine_args(
                 EngineArgs(
                     model=str(checkpoint), skip_tokenizer_init=True, max_logprobs=-1, logprobs_mode="processed_logprobs",
-                    max_model_len=self.config.max_seq_len + self.micro_batch + 1, logits_processors=[SeenItems, TaskScores],
+                    max_model_len=self.config.max_seq_len + self.micro_batch + (self.micro_batch > 0),
+                    logits_processors=[SeenItems, TaskScores],
                     disable_log_stats=True, use_tqdm_on_load=False, seed=0, **memory, **arguments,
                 )
             )  # fmt: skip
@@ -177,7 +180,12 @@ class Engine:
         return self._collect([self.submit_score(p, c) for p, c in zip(prompts, candidates, strict=True)])
 
     def submit_score(self, prompt: list[int], candidates: Sequence[int]) -> concurrent.futures.Future[Tensor]:
-        """Probabilities (C, 3) of engagement, retention and monetization for items (table rows) after the prompt (tokens)."""
+        """Probabilities (C, 3) of engagement, retention and monetization for items (table rows) after the prompt (tokens).
+
+        Raises EngineError for what is no item, for a prompt that is no list of tokens, and where a step has no room.
+        """
+        if not self.micro_batch:
+            raise EngineError("no candidate fits into a step: raise max_num_batched_tokens, or enable_chunked_prefill")
         return _joined([self._submit_part(prompt, part) for part in _parts(list(candidates), self.micro_batch)])
 
     def _submit_part(self, prompt: list[int], items: list[int]) -> concurrent.futures.Future[Tensor]:

@@ -37,8 +37,9 @@ def case(tiny_model, tiny_world):
         {"micro_batch": 7, "prompt_embeds": False},
         {"enable_prefix_caching": False},
         {"max_num_batched_tokens": 24, "max_num_seqs": 8, "micro_batch": 40},
+        {"max_num_batched_tokens": 80, "enable_chunked_prefill": False},
     ],
-    ids=["default", "micro-batches", "no-prefix-cache", "chunked"],
+    ids=["default", "micro-batches", "no-prefix-cache", "chunked", "never-chunked"],
 )
 def test_scores_are_those_of_one_pass(tiny_checkpoint, case, options):
     tokens, candidates, expected = case
@@ -94,6 +95,14 @@ def test_candidates_that_are_no_items_are_refused(tiny_checkpoint, case):
         with pytest.raises(EngineError, match="after a prompt of tokens"):
             engine.score([torch.zeros(3, 37)], [[1]])
         assert engine.score(case[0][:1], [[]])[0].shape == (0, 3)
+
+
+def test_where_a_step_has_no_room_for_candidates_the_rest_works(tiny_checkpoint, case):
+    options = EngineOptions(kv_cache_memory_bytes=64 * TINY_BLOCK, max_num_batched_tokens=64, enable_chunked_prefill=False)
+    with Engine(tiny_checkpoint, options) as engine:
+        assert len(engine.topk(case[0][:1], [[]], 5)[0].items) == 5
+        with pytest.raises(EngineError, match="raise max_num_batched_tokens"):
+            engine.score(case[0][:1], [[1]])
 
 
 def test_the_checkpoint_holds_the_heads(tiny_checkpoint):
