@@ -85,6 +85,12 @@ class ModelConfig:
         return self.max_seq_len - self.num_context - self.slate_size
 
     @property
+    def slide(self) -> int:
+        """Events that a served history loses at once when it outgrows `max_history`: an eighth, so that one visit in so many
+        is computed anew and the others find their prefix cached."""
+        return max(self.max_history // 8, 1)
+
+    @property
     def user_token_base(self) -> int:
         """First token id that means a user; smaller ids are packed events."""
         return self.num_items * self.num_actions * self.num_time_levels

@@ -22,8 +22,8 @@ from hstu_lab.config import TASKS, ConfigError, ModelConfig
 from hstu_lab.ops import reference
 from hstu_lab.tokens import level_seconds, unpack
 
-LEVEL_COLUMNS = 2
-"""Columns that prompt embeddings carry beyond d_model: the token's gap level, as two digits."""
+TOKEN_COLUMNS = 5
+"""Columns that prompt embeddings carry beyond d_model: the token's gap level as two digits, its item as three."""
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, reference.RelativeBias | None], Tensor]
 """attend(layer, q, k, v, bias) -> attention output; q, k (..., H, d_qk), v and output (..., H, d_v)."""
@@ -359,7 +359,7 @@ class SavedConfig:
         return {
             "model_type": "hstu_lab",
             "architectures": ["HSTUForRecommendation"],
-            "hidden_size": c.d_model + LEVEL_COLUMNS,
+            "hidden_size": c.d_model + TOKEN_COLUMNS,
             "num_hidden_layers": c.num_layers,
             "num_attention_heads": c.num_heads,
             "num_key_value_heads": c.num_heads,

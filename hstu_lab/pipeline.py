@@ -236,12 +236,12 @@ class Recommender:
         if not fine.all():
             repairs["unknown items dropped"] = int((~fine).sum())
             items, actions, times = items[fine], actions[fine], times[fine]
-        if len(items) > config.max_history:
-            repairs["oldest events left out"] = len(items) - config.max_history
         row = self.users.get(history.user, 0)
         if config.num_users and not row:
             repairs["unknown user"] = 1
-        tokens = encode_history(items.tolist(), actions.tolist(), times.tolist(), row, config)
+        tokens = encode_history(items.tolist(), actions.tolist(), times.tolist(), row, config, config.slide)
+        if left_out := len(items) - (len(tokens) - config.num_context):
+            repairs["oldest events left out"] = left_out
         if not tokens:
             raise RequestError(
                 f"{where}: the history is empty and preset {config.preset} has no user token to start from; "

@@ -182,10 +182,10 @@ class Parts:
 
 
 class Vllm:
-    """vLLM generates; `ranker` (and, given an `encoder`, the encoder stage) runs beside it.
+    """vLLM generates and ranks from packed tokens, which the plugin embeds itself (strategy vllm).
 
-    Without an encoder the prompt is packed tokens and the plugin embeds them itself (strategy vllm); with one it is prompt
-    embeddings, so that vLLM holds no table but the items' (strategy unified).
+    With an `encoder` the prompt is prompt embeddings, so that vLLM holds no table but the items', and `ranker` runs beside it
+    (strategy unified).
     """
 
     def __init__(self, engine, ranker: Eager | Parts, encoder: Parts | None = None):
@@ -194,17 +194,17 @@ class Vllm:
         self.engine, self.ranker, self.encoder = engine, ranker, encoder
         name = f"vLLM {vllm.__version__}, own model and attention backend"
         inside = encoder.engines["encoder"] if encoder else "inside vLLM"
-        self.engines = {"encoder": inside, "stack": name, "ranking": ranker.engines["ranking"]}
+        self.engines = {"encoder": inside, "stack": name, "ranking": ranker.engines["ranking"] if encoder else name}
 
     def prompts(self, batch: Batch, timer: StageTimer) -> list:
         if self.encoder is None:
             return batch.histories
-        from hstu_lab.vllm_plugin.modeling import attach_levels
+        from hstu_lab.vllm_plugin.modeling import attach_token
 
         with timer("encoder"):
             batch.encoded = self.encoder.encode(batch.tokens, batch.offsets)
-            level = unpack(batch.tokens, self.encoder.model.config)[2]
-            return list(attach_levels(batch.encoded.cpu(), level).split(batch.lengths.tolist()))
+            item, _, level, _ = unpack(batch.tokens, self.encoder.model.config)
+            return list(attach_token(batch.encoded.cpu(), level, item).split(batch.lengths.tolist()))
 
     def submit(self, batch: Batch, task: str, count: int, timer: StageTimer) -> list:
         """Futures of `hstu_lab.vllm_engine.Generated`, one a request."""
@@ -217,7 +217,10 @@ class Vllm:
             return [future.result().items for future in futures]
 
     def rank(self, batch: Batch, candidates: Tensor, timer: StageTimer) -> Tensor:
-        return self.ranker.rank(batch, candidates, timer)
+        if self.encoder is not None:
+            return self.ranker.rank(batch, candidates, timer)
+        with timer("ranking"):  # the histories are cached: only the candidates are computed
+            return torch.stack(self.engine.score(batch.histories, candidates.tolist()))
 
 
 NEEDS = {

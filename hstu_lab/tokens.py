@@ -71,13 +71,15 @@ def unpack(tokens: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor,
 
 
 def encode_history(
-    items: Sequence[int], actions: Sequence[int], timestamps: Sequence[float], user: int, config: ModelConfig
+    items: Sequence[int], actions: Sequence[int], timestamps: Sequence[float], user: int, config: ModelConfig, slide: int = 1
 ) -> list[int]:
-    """One history, oldest first, as tokens: the user token, then the last `config.max_history` events.
+    """One history, oldest first, as tokens: the user token, then the last events, at most `config.max_history`.
 
-    Levels are computed before the history is cut, so that a user's tokens stay the same while the history grows.
+    Levels are computed before the history is cut, so that a user's tokens stay the same while the history grows. A longer one
+    loses its oldest events `slide` at a time: its tokens, and all that a serving engine has cached for them, then stay the same
+    for `slide` events more, where a window that moves with every event would be another prefix each time.
     """
     levels = quantise_gaps(timestamps, config.num_time_levels)
-    start = max(len(levels) - config.max_history, 0)
+    start = -(-max(len(levels) - config.max_history, 0) // slide) * slide
     events = [pack(int(i), int(a), lv, config) for i, a, lv in zip(items[start:], actions[start:], levels[start:])]
     return [user_token(user, config), *events] if config.num_users else events

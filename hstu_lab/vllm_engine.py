@@ -17,10 +17,12 @@ import pathlib
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
+from hstu_lab.config import TASKS
 from hstu_lab.model import load_config
 
 ENVIRONMENT = {
@@ -62,7 +64,12 @@ class EngineError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
-    """How to run vLLM; see vLLM's engine arguments of the same names. kv_cache_memory_bytes sizes the paged cache."""
+    """How to run vLLM; see vLLM's engine arguments of the same names. kv_cache_memory_bytes sizes the paged cache.
+
+    `cuda_graphs` is NONE, FULL_DECODE_ONLY (steps in which every request adds one token are replayed) or FULL (all steps are,
+    whatever their mixture of prompts and single tokens). `prompt_embeds` lets prompts be tensors, which keeps the encoder out of
+    the graphs. `micro_batch` is the most candidates that one request of vLLM scores.
+    """
 
     kv_cache_memory_bytes: int = 256 << 20
     block_size: int = 16
@@ -72,7 +79,10 @@ class EngineOptions:
     enable_chunked_prefill: bool = True
     dtype: str = "float32"
     ops: str = "reference"
-    enforce_eager: bool = True
+    cuda_graphs: str = "NONE"
+    prompt_embeds: bool = True
+    tensor_parallel_size: int = 1
+    micro_batch: int = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +94,17 @@ class Generated:
     cached_tokens: int
 
 
+def graph_sizes(most: int) -> list[int]:
+    """Tokens of the steps that are captured as CUDA graphs, up to `most`; larger steps are padded by a quarter at worst."""
+    steps = [1, 2, 4, 8, 12, 16, 24, 32, 48, *(quarter * 2**i for i in range(4, 20) for quarter in (4, 5, 6, 7)), most]
+    return sorted({size for size in steps if size <= most})
+
+
 class Engine:
     """vLLM serving one checkpoint folder.
 
-    A prompt is packed tokens (list of int), or a float32 tensor (tokens, d_model + 2) made by
-    `hstu_lab.vllm_plugin.modeling.attach_levels`; one engine takes both. Raises EngineError where vLLM is missing.
+    A prompt is packed tokens (list of int), or a float32 tensor (tokens, d_model + 5) made by
+    `hstu_lab.vllm_plugin.modeling.attach_token`; one engine takes both. Raises EngineError where vLLM is missing.
     """
 
     def __init__(self, checkpoint: str | pathlib.Path, options: EngineOptions | None = None):
@@ -98,28 +114,39 @@ class Engine:
         try:
             from vllm.platforms import current_platform
 
-            if current_platform.is_cpu():
-                # vLLM compiles two tiny sampling functions with Inductor: seconds of a first request, and a C++ compiler.
-                current_platform.simple_compile_backend = "eager"
+            memory = {} if current_platform.is_cpu() else {"gpu_memory_utilization": 0.05}  # of which the cache is not part
+            # vLLM compiles two tiny sampling functions with Inductor: seconds of a first request, and a C++ compiler.
+            current_platform.simple_compile_backend = "eager"
             from vllm import EngineArgs
             from vllm.v1.engine.llm_engine import LLMEngine
         except ImportError as error:
             raise EngineError(f"vllm is not installed ({error}); run `make setup`, or `pip install vllm` with a GPU") from error
         from hstu_lab.vllm_plugin import register
+        from hstu_lab.vllm_plugin.candidates import TaskScores
         from hstu_lab.vllm_plugin.seen_items import SeenItems
 
         register()
         self.config = load_config(checkpoint)
         arguments = dataclasses.asdict(options)
+        self.micro_batch = min(arguments.pop("micro_batch"), (self.config.num_items - 1) // len(TASKS))
+        if not options.enable_chunked_prefill:  # then a request must fit into one step
+            self.micro_batch = max(min(self.micro_batch, options.max_num_batched_tokens - self.config.max_seq_len - 1), 0)
         arguments["additional_config"] = {"ops": arguments.pop("ops")}
+        arguments["enable_prompt_embeds"] = arguments.pop("prompt_embeds")
+        sizes = graph_sizes(options.max_num_batched_tokens if options.cuda_graphs == "FULL" else options.max_num_seqs)
+        graphs = arguments.pop("cuda_graphs")
+        arguments["compilation_config"] = {
+            "mode": 0, "cudagraph_mode": graphs, **({} if graphs == "NONE" else {"cudagraph_capture_sizes": sizes}),
+        }  # fmt: skip
         # vLLM wants a stdout with a file number; Jupyter's has none.
         global _open_engines
         with _STEP, contextlib.redirect_stdout(sys.__stdout__), _quiet():
             self.engine = LLMEngine.from_engine_args(
                 EngineArgs(
-                    model=str(checkpoint), skip_tokenizer_init=True, max_model_len=self.config.max_seq_len, max_logprobs=-1,
-                    logprobs_mode="processed_logprobs", logits_processors=[SeenItems], enable_prompt_embeds=True,
-                    disable_log_stats=True, use_tqdm_on_load=False, seed=0, **arguments,
+                    model=str(checkpoint), skip_tokenizer_init=True, max_logprobs=-1, logprobs_mode="processed_logprobs",
+                    max_model_len=self.config.max_seq_len + self.micro_batch + (self.micro_batch > 0),
+                    logits_processors=[SeenItems, TaskScores],
+                    disable_log_stats=True, use_tqdm_on_load=False, seed=0, **memory, **arguments,
                 )
             )  # fmt: skip
             _open_engines += 1
@@ -148,24 +175,69 @@ class Engine:
     def submit_slate(self, prompt, seen: list[int], n: int) -> concurrent.futures.Future[Generated]:
         return self._submit(prompt, seen, max_tokens=n, logprobs=0, keep=None)
 
+    def score(self, prompts: list[list[int]], candidates: list[list[int]]) -> list[Tensor]:
+        """Task probabilities (C, 3) of each prompt's candidate items; only what is not cached of the prompt is computed."""
+        return self._collect([self.submit_score(p, c) for p, c in zip(prompts, candidates, strict=True)])
+
+    def submit_score(self, prompt: list[int], candidates: Sequence[int]) -> concurrent.futures.Future[Tensor]:
+        """Probabilities (C, 3) of engagement, retention and monetization for items (table rows) after the prompt (tokens).
+
+        Raises EngineError for what is no item, for a prompt that is no list of tokens, and where a step has no room.
+        """
+        if not self.micro_batch:
+            raise EngineError("no candidate fits into a step: raise max_num_batched_tokens, or enable_chunked_prefill")
+        return _joined([self._submit_part(prompt, part) for part in _parts(list(candidates), self.micro_batch)])
+
+    def _submit_part(self, prompt: list[int], items: list[int]) -> concurrent.futures.Future[Tensor]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        from hstu_lab.vllm_plugin import candidates
+
+        if isinstance(prompt, Tensor) or not all(0 <= item < self.config.num_items for item in items):
+            raise EngineError(f"candidates are table rows from 0 to {self.config.num_items - 1} after a prompt of tokens")
+        params = SamplingParams(
+            temperature=0, max_tokens=1, logprobs=candidates.columns(len(items)), flat_logprobs=True, detokenize=False,
+            ignore_eos=True, extra_args={"candidates": len(items)}, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True,
+        )  # fmt: skip
+        number = next(self._ids)
+        body = {"prompt_token_ids": candidates.prompt(prompt, items, number, self.config)}
+        return self._enqueue(number, body, params, lambda output: _scores(output, len(items)))
+
     def _submit(self, prompt, seen, max_tokens: int, logprobs: int, keep: int | None) -> concurrent.futures.Future[Generated]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        missing = sorted(set(seen).difference(self._items(prompt)))
         params = SamplingParams(
             temperature=0, max_tokens=max_tokens, logprobs=logprobs, flat_logprobs=True, detokenize=False, ignore_eos=True,
-            extra_args={"seen": list(seen)}, output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={"seen": missing}, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True,
         )  # fmt: skip
         body = {"prompt_embeds": prompt} if isinstance(prompt, Tensor) else {"prompt_token_ids": list(prompt)}
-        outer: concurrent.futures.Future[Generated] = concurrent.futures.Future()
+        room = self.config.max_seq_len - max_tokens + 1
+        if len(prompt) > room:
+            raise EngineError(f"vLLM refused the request: its prompt has {len(prompt)} tokens, at most {room} fit; shorten it")
+        return self._enqueue(next(self._ids), body, params, lambda output: _generated(output, keep))
+
+    def _enqueue(self, number: int, body: dict, params, read: Callable) -> concurrent.futures.Future:
+        """A future of what `read` makes of vLLM's output."""
+        outer: concurrent.futures.Future = concurrent.futures.Future()
         inner: concurrent.futures.Future = concurrent.futures.Future()
-        inner.add_done_callback(lambda done: _finish(done, outer, keep))
+        inner.add_done_callback(lambda done: _finish(done, outer, read))
         with self._wake:
             if self._closed or self._failure:
                 raise EngineError(f"the vLLM engine is not running ({self._failure or 'closed'}); make a new one")
-            self._incoming.append((f"request-{next(self._ids)}", body, params, inner))
+            self._incoming.append((f"request-{number}", body, params, inner))
             self._wake.notify()
         return outer
+
+    def _items(self, prompt) -> list[int]:
+        """Items of a prompt, which the engine masks by itself."""
+        if isinstance(prompt, Tensor):
+            from hstu_lab.vllm_plugin.modeling import detach_token
+
+            return detach_token(prompt)[2].tolist()
+        return [token % self.config.num_items for token in prompt if token < self.config.user_token_base]
 
     @staticmethod
     def _collect(futures: list[concurrent.futures.Future[Generated]]) -> list[Generated]:
@@ -239,11 +311,17 @@ class Engine:
         self.close()
 
 
-def _finish(done: concurrent.futures.Future, outer: concurrent.futures.Future, keep: int | None) -> None:
+def _finish(done: concurrent.futures.Future, outer: concurrent.futures.Future, read: Callable) -> None:
     if error := done.exception():
         outer.set_exception(error)
         return
-    output = done.result()
+    try:
+        outer.set_result(read(done.result()))
+    except Exception as error:
+        outer.set_exception(EngineError(f"vLLM's answer cannot be read: {error!r}"))
+
+
+def _generated(output, keep: int | None) -> Generated:
     completion = output.outputs[0]
     flat = completion.logprobs
     if keep is None:
@@ -255,4 +333,35 @@ def _finish(done: concurrent.futures.Future, outer: concurrent.futures.Future, k
         best = dict(zip(flat.token_ids[: keep + 1], flat.logprobs[: keep + 1]))
         ranked = sorted(((-score, item) for item, score in best.items() if score != -float("inf")))[:keep]
         items, scores = [item for _, item in ranked], [-score for score, _ in ranked]
-    outer.set_result(Generated(items, scores, output.num_cached_tokens or 0))
+    return Generated(items, scores, output.num_cached_tokens or 0)
+
+
+def _scores(output, count: int) -> Tensor:
+    """Probabilities (count, 3) from the log-probabilities of what `TaskScores` wrote: differences to the zero behind them."""
+    flat, entries = output.outputs[0].logprobs, count * len(TASKS) + 1
+    row = torch.full((entries,), torch.nan)
+    row[torch.tensor(flat.token_ids[: entries + 1])] = torch.tensor(flat.logprobs[: entries + 1])
+    return (row[:-1] - row[-1]).view(count, len(TASKS)).sigmoid()
+
+
+def _parts(items: list[int], size: int) -> list[list[int]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _joined(parts: list[concurrent.futures.Future[Tensor]]) -> concurrent.futures.Future[Tensor]:
+    """One future of all parts' rows."""
+    whole: concurrent.futures.Future[Tensor] = concurrent.futures.Future()
+    left = itertools.count(1)
+
+    def note(part: concurrent.futures.Future) -> None:
+        if error := part.exception():
+            if not whole.done():
+                whole.set_exception(error)
+        elif next(left) == len(parts):
+            whole.set_result(torch.cat([p.result() for p in parts]))
+
+    for part in parts:
+        part.add_done_callback(note)
+    if not parts:
+        whole.set_result(torch.empty(0, len(TASKS)))
+    return whole

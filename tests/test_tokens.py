@@ -151,3 +151,17 @@ def test_a_long_history_is_cut_after_its_gaps_are_known():
     assert tokens == [whole[0], *whole[-config.max_history :]]
     levels = unpack(torch.tensor(tokens[1:]), config)[2]
     assert levels[0] > 0, "the first event that is kept still knows its gap"
+
+
+def test_a_window_that_slides_in_steps_keeps_its_beginning():
+    """Between two jumps every visit's tokens begin with the last visit's; a jump drops `slide` events at once."""
+    config = preset("tiny")
+    items, actions, times = history(200, config)
+    visits = [encode_history(items[:n], actions[:n], times[:n], 7, config, slide=6) for n in range(1, 200)]
+    jumps = [n for n, (old, new) in enumerate(itertools.pairwise(visits), 2) if new[: len(old)] != old]
+    assert jumps == list(range(config.max_history + 1, 200, 6))
+    lengths = {len(tokens) - 1 for tokens in visits[config.max_history :]}
+    assert lengths == set(range(config.max_history - 5, config.max_history + 1))
+    whole = encode_history(items, actions, times, 7, config.replace(max_seq_len=300))
+    assert all(tokens[1:] == whole[n - len(tokens) + 2 : n + 1] for n, tokens in enumerate(visits, 1))
+    assert config.slide == 6

@@ -58,3 +58,45 @@ def test_random_batches_on_the_gpu(dtype, chunk):
         }  # fmt: skip
         got = error(*paged_case(seq_lens, counts, seed=seed, **options))
         assert got <= LIMITS[dtype], (seed, seq_lens, counts, options, got)
+
+
+def history_case(seed: int, dtype=torch.float32, heads=2, d=16, page=4, longest=40, bias="both"):
+    """Error of a batch whose sequences end in candidates that lie in the cache, cut into chunks at random."""
+    draw = random.Random(seed)
+    seq_lens = [draw.randrange(1, longest) for _ in range(4)]
+    history = [n if draw.random() < 0.3 else draw.randrange(1, n + 1) for n in seq_lens]
+    counts = [draw.choice([1, draw.randrange(1, n + 1)]) for n in seq_lens]
+    options = {"heads": heads, "d": d, "dv": d, "bias": bias, "dtype": dtype, "page": page, "max_seq_len": max(64, longest)}
+    return error(*paged_case(seq_lens, counts, seed=seed, history_lens=history, **options))
+
+
+@cpu_only
+@pytest.mark.parametrize("seed", range(3))
+def test_candidates_in_the_cache(seed):
+    assert history_case(seed) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
+def test_candidates_in_the_cache_on_the_gpu(dtype):
+    for seed in range(30):
+        page, d = random.Random(seed).choice([(16, 64), (64, 64), (128, 128)])
+        assert history_case(seed, dtype, d=d, page=page, longest=900) <= LIMITS[dtype], seed
+
+
+def test_candidates_in_the_cache_are_candidates_beside_it():
+    """The oracle against itself: a candidate in its slot, or given as its own key and value, has the same answer."""
+    from hstu_lab.ops import reference
+
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 2, 8, generator=g) for _ in range(3))
+    keys, values = torch.randn(2, 6, 4, 2, 8, generator=g)
+    times = torch.randint(0, 1000, (6, 4), generator=g)
+    times[1, 1:] = times[1, 0]
+    bias = reference.RelativeBias(torch.randn(2, 16, generator=g), torch.randn(2, 64, generator=g))
+    table, offsets, history = torch.tensor([[3, 1, 0]]), torch.tensor([0, 3]), torch.tensor([5])
+    common = {"divisor": 16, "bias": bias, "query_times": times[1, 1:], "slot_times": times}
+    beside = reference.attention_paged(q, keys, values, table, offsets, history, candidates=(k, v), **common)
+    keys[1, 1:], values[1, 1:] = k, v
+    within = reference.attention_paged(q, keys, values, table, offsets, torch.tensor([8]), history_lens=history, **common)
+    torch.testing.assert_close(within, beside)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import types
 
 import pytest
 import torch
@@ -38,14 +39,30 @@ def prompts(tiny_model, tiny_world):
     return tokens, [h.items.tolist() for h in histories]
 
 
-# ---- times of slots
+# ---- what slots know
+
+
+def note(slots, gaps, items, query_offsets, seq_lens, table, at, block_size):
+    """One step on a cache of `block_size`; returns the tokens' times and the sequences' history lengths."""
+    from hstu_lab.vllm_plugin.attention import HSTUMetadata
+
+    metadata = HSTUMetadata(
+        len(at), torch.tensor(query_offsets), torch.tensor(seq_lens), torch.tensor(table).int(), torch.tensor(at)
+    )
+    slots.note(torch.as_tensor(gaps), torch.as_tensor(items), metadata, torch.empty(40, block_size, 2, 32))
+    return metadata.query_times.tolist(), metadata.history_lens.tolist()
+
+
+def new_slots():
+    from hstu_lab.ops import reference
+    from hstu_lab.vllm_plugin.slots import Slots
+
+    return Slots(reference)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_times_add_up_over_any_chunks(tiny_model, seed):
     """Four sequences read in chunks of random size, scattered over random blocks, get the times of one pass."""
-    from hstu_lab.vllm_plugin.attention import HSTUMetadata, SlotTimes
-
     config, rng = tiny_model.config, torch.Generator().manual_seed(seed)
     seconds, block_size, lengths = torch.tensor(level_seconds(config.num_time_levels)), 4, [1, 7, 16, 33]
     levels = [torch.randint(config.num_time_levels, (n,), generator=rng) for n in lengths]
@@ -54,79 +71,102 @@ def test_times_add_up_over_any_chunks(tiny_model, seed):
     truth = tiny_model.times(tokens, offsets).split(lengths)
 
     table = 1 + torch.randperm(4 * 9, generator=rng).view(4, 9)
-    cache = torch.empty(37, block_size, 2, 32)
-    times, got, done = SlotTimes(), [[] for _ in lengths], [0] * 4
+    slots, got, done = new_slots(), [[] for _ in lengths], [0] * 4
     while done != lengths:
         batch = [b for b in range(4) if done[b] < lengths[b]]
         counts = [int(torch.randint(1, lengths[b] - done[b] + 1, (), generator=rng)) for b in batch]
         parts = [(b, torch.arange(done[b], done[b] + n)) for b, n in zip(batch, counts)]
-        slots = torch.cat([table[b, at // block_size] * block_size + at % block_size for b, at in parts])
+        at = torch.cat([table[b, at // block_size] * block_size + at % block_size for b, at in parts]).tolist()
         for b, n in zip(batch, counts):
             done[b] += n
-        metadata = HSTUMetadata(
-            num_tokens=sum(counts), query_offsets=torch.tensor([0, *counts]).cumsum(0), slots=slots,
-            seq_lens=torch.tensor([done[b] for b in batch]), block_table=table[batch].int(),
-        )  # fmt: skip
         gaps = torch.cat([seconds[levels[b][at]] for b, at in parts])
-        step = times.append(gaps, metadata, cache)
-        assert times.seconds.view(-1)[slots].equal(step)
-        for (b, _), part in zip(parts, step.split(counts)):
-            got[b].append(part)
-    for b, wanted in enumerate(truth):
-        assert torch.cat(got[b]).equal(wanted)
+        ends, rows = torch.tensor([0, *counts]).cumsum(0).tolist(), table[batch].tolist()
+        times, history = note(slots, gaps, gaps * 0, ends, [done[b] for b in batch], rows, at, block_size)
+        assert slots.times.view(-1)[at].tolist() == times
+        assert history == [done[b] for b in batch]
+        for (b, _), start, end in zip(parts, ends, ends[1:]):
+            got[b] += times[start:end]
+    assert got == [wanted.tolist() for wanted in truth]
 
 
-def test_a_new_cache_forgets_the_times_of_the_old_one(tiny_model):
-    from hstu_lab.vllm_plugin.attention import HSTUMetadata, SlotTimes
-
-    def metadata(count, length):
-        slots = torch.arange(length - count, length)
-        table = torch.zeros(1, 1, dtype=torch.int32)
-        return HSTUMetadata(count, torch.tensor([0, count]), torch.tensor([length]), table, slots)
-
-    times = SlotTimes()
-    assert times.append(torch.tensor([0, 50]), metadata(2, 2), torch.empty(1, 4, 2, 32)).tolist() == [0, 50]
-    assert times.append(torch.tensor([7]), metadata(1, 3), torch.empty(1, 4, 2, 32)).tolist() == [57]
-    assert times.append(torch.tensor([7]), metadata(1, 3), torch.empty(1, 8, 2, 32)).tolist() == [7]
+def test_a_new_cache_forgets_the_old_one():
+    slots = new_slots()
+    assert note(slots, [0, 50], [1, 2], [0, 2], [2], [[0]], [0, 1], 4) == ([0, 50], [2])
+    assert note(slots, [7], [3], [0, 1], [3], [[0]], [2], 4) == ([57], [3])
+    assert note(slots, [7], [3], [0, 1], [3], [[0]], [2], 8) == ([7], [3])
 
 
 def test_a_prefix_may_be_shared_in_the_step_that_computes_it():
     """Three requests of one step, each beginning with the blocks that the one before is only now filling."""
-    from hstu_lab.vllm_plugin.attention import HSTUMetadata, SlotTimes
-
-    table = torch.tensor([[1, 0, 0], [1, 2, 0], [1, 2, 3]], dtype=torch.int32)
-    slots = torch.tensor([2, 3, 4, 5, 6, 7])  # blocks of 2
-    metadata = HSTUMetadata(6, torch.tensor([0, 2, 4, 6]), torch.tensor([2, 4, 6]), table, slots)
-    times = SlotTimes()
-    got = times.append(torch.tensor([0, 10, 20, 30, 40, 50]), metadata, torch.empty(4, 2, 2, 32))
-    assert got.tolist() == [0, 10, 30, 60, 100, 150]
-    assert times.seconds.flatten()[2:].tolist() == got.tolist()
+    slots = new_slots()
+    table = [[1, 0, 0], [1, 2, 0], [1, 2, 3]]
+    times, history = note(slots, [0, 10, 20, 30, 40, 50], [1] * 6, [0, 2, 4, 6], [2, 4, 6], table, [2, 3, 4, 5, 6, 7], 2)
+    assert times == slots.times.flatten()[2:8].tolist() == [0, 10, 30, 60, 100, 150]
+    assert history == [2, 4, 6]
 
 
-# ---- gap levels in prompt embeddings
+def test_candidates_take_the_last_time_and_are_no_history():
+    """Padding (slot -1) between two steps of one request: three events, the mark and candidates."""
+    slots = new_slots()
+    times, history = note(slots, [5, 6, 7, -1, -1, 99], [1] * 6, [0, 5], [5], [[1, 2]], [4, 5, 6, 7, 8, -1], 4)
+    assert (times[:5], history) == ([5, 11, 18, 18, 18], [3])
+    assert note(slots, [-1, -1], [1, 1], [0, 2], [7], [[1, 2]], [9, 10], 4) == ([18, 18], [3])
+
+
+def test_made_up_steps_stay_inside_the_block_table():
+    """vLLM warms up its largest CUDA graph with sequences longer than any table; kernels would read block numbers behind it."""
+    from hstu_lab.vllm_plugin.attention import HSTUMetadataBuilder
+
+    layer = types.SimpleNamespace(impl=types.SimpleNamespace(slots=new_slots()))
+    config = types.SimpleNamespace(compilation_config=types.SimpleNamespace(static_forward_context={"layer": layer}))
+    builder = HSTUMetadataBuilder(types.SimpleNamespace(block_size=16), ["layer"], config, torch.device("cpu"))
+    seq_lens = torch.tensor([8192, 3], dtype=torch.int32)
+    common = types.SimpleNamespace(
+        seq_lens=seq_lens, block_table_tensor=torch.zeros(2, 6, dtype=torch.int32), max_seq_len=8192, num_actual_tokens=2,
+        query_start_loc=torch.tensor([0, 1, 2]), slot_mapping=torch.tensor([-1, -1]),
+    )  # fmt: skip
+    assert builder.build(0, common).seq_lens.tolist() == [96, 3]
+    common.max_seq_len = 96
+    assert builder.build(0, common).seq_lens is seq_lens, "a graph must read vLLM's own buffer"
+    assert layer.impl.slots.step.slots.tolist() == [-1, -1]
+
+
+# ---- what prompt embeddings carry
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_every_gap_level_survives_embedding(tiny_model, dtype):
-    from hstu_lab.vllm_plugin.modeling import attach_levels, detach_levels
+def test_every_gap_level_and_item_survives_embedding(tiny_model, dtype):
+    from hstu_lab.vllm_plugin.modeling import attach_token, detach_token
+    from hstu_lab.vllm_plugin.slots import CANDIDATE
 
-    level = torch.arange(tiny_model.config.num_time_levels)
+    level = torch.arange(-1, tiny_model.config.num_time_levels)
+    item = torch.randint(0, 2**24, (len(level),), generator=torch.Generator().manual_seed(0))
+    item[:4] = torch.tensor([0, 255, 256, 2**24 - 1])
+    assert level[0] == CANDIDATE
     x = torch.randn(len(level), tiny_model.config.d_model).to(dtype)
-    embeds = attach_levels(x, level)
+    embeds = attach_token(x, level, item)
     assert embeds.dtype == dtype
-    assert embeds.shape == (len(level), tiny_model.config.d_model + 2)
-    rows, levels = detach_levels(embeds)
-    assert rows.equal(x)
-    assert levels.equal(level)
+    assert embeds.shape == (len(level), tiny_model.config.d_model + 5)
+    assert [part.equal(wanted) for part, wanted in zip(detach_token(embeds), (x, level, item))] == [True] * 3
 
 
 # ---- seen items
 
 
-def processor():
+def processor(sequences):
+    """A processor over sequences (lists of items) that lie in blocks of 4, none of them in block order."""
     from hstu_lab.vllm_plugin.seen_items import SeenItems
 
-    return SeenItems(None, torch.device("cpu"), False)
+    slots = new_slots()
+    table = (1 + torch.randperm(3 * len(sequences), generator=torch.Generator().manual_seed(1))).view(-1, 3).tolist()
+    at = [row[i // 4] * 4 + i % 4 for row, items in zip(table, sequences) for i in range(len(items))]
+    lens = [len(items) for items in sequences]
+    items = [item for items in sequences for item in items]
+    note(slots, [0] * len(at), items, torch.tensor([0, *lens]).cumsum(0).tolist(), lens, table, at, 4)
+    slots.step = types.SimpleNamespace(seq_lens=torch.tensor(lens), block_table=torch.tensor(table))
+    layer = types.SimpleNamespace(impl=types.SimpleNamespace(slots=slots))
+    config = types.SimpleNamespace(compilation_config=types.SimpleNamespace(static_forward_context={"layer": layer}))
+    return SeenItems(config, torch.device("cpu"), False)
 
 
 def params(seen):
@@ -146,33 +186,40 @@ def masked(seen_items, rows=3):
     return [row.isinf().nonzero().flatten().tolist() for row in seen_items.apply(torch.zeros(rows, 10))]
 
 
-def test_given_and_generated_items_are_masked_in_their_own_row():
-    seen_items, generated = processor(), []
-    seen_items.update_state(update((0, params([2, 5]), None, generated), (2, params(None), None, [3])))
-    assert masked(seen_items) == [[2, 5], [], []]
-    generated += [7, 1]  # vLLM appends to the list it handed over
-    assert masked(seen_items) == [[1, 2, 5, 7], [], []]
+def test_given_items_and_those_of_the_sequence_are_masked_in_their_own_row():
+    seen_items = processor([[1, 7, 1, 9, 4], [5, 6], [3]])
+    seen_items.update_state(update((0, params([2, 5]), None, []), (1, params(None), None, []), (2, params([]), None, [])))
+    assert masked(seen_items) == [[1, 2, 4, 5, 7, 9], [], [3]]
     seen_items.update_state(None)
-    assert masked(seen_items) == [[1, 2, 5, 7], [], []]
+    assert masked(seen_items) == [[1, 2, 4, 5, 7, 9], [], [3]]
+
+
+def test_requests_without_the_argument_are_left_alone():
+    seen_items = processor([[1], [2]])
+    seen_items.update_state(update((0, params(None), None, []), (1, params(None), None, [])))
+    assert masked(seen_items, rows=2) == [[], []]
 
 
 def test_masks_move_and_go_with_their_requests():
     from vllm.v1.sample.logits_processor import MoveDirectionality
 
-    seen_items = processor()
+    seen_items = processor([[1], [1], [1]])
     seen_items.update_state(update((0, params([4]), None, []), (1, params([6]), None, []), (2, params([8]), None, [])))
     seen_items.update_state(update(moved=[(0, 2, MoveDirectionality.SWAP)]))
-    assert masked(seen_items) == [[8], [6], [4]]
+    assert masked(seen_items) == [[1, 8], [1, 6], [1, 4]]
     seen_items.update_state(update(removed=[0], moved=[(2, 0, MoveDirectionality.UNIDIRECTIONAL)]))
-    assert masked(seen_items) == [[4], [6], []]
+    assert masked(seen_items) == [[1, 4], [1, 6], []]
     seen_items.update_state(update((1, params(None), None, [])))
-    assert masked(seen_items) == [[4], [], []]
+    assert masked(seen_items) == [[1, 4], [], []]
+    seen_items.update_state(update((1, params([]), None, [])))
+    seen_items.update_state(update(removed=[1]))
+    assert masked(seen_items) == [[1, 4], [], []]
 
 
 def test_ids_that_are_no_items_mask_nothing():
-    seen_items = processor()
-    seen_items.update_state(update((0, params([10, 99, 3]), None, [-1])))  # -1: sampled, but not known yet
-    assert masked(seen_items, rows=1) == [[3]]
+    seen_items = processor([[-1, 12, 2]])
+    seen_items.update_state(update((0, params([10, 99, 3]), None, [])))
+    assert masked(seen_items, rows=1) == [[2, 3]]
 
 
 @pytest.mark.parametrize("seen", [[1, -1], [1.5], (1, 2), "12", 7], ids=str)

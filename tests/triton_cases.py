@@ -6,7 +6,7 @@ import triton
 GPU = torch.cuda.is_available()
 interpret = triton.knobs.runtime.interpret
 triton.knobs.runtime.interpret = not GPU  # only while the kernels are defined: other tests use Triton as it is
-from hstu_lab.ops import reference, triton_attention, triton_ops  # noqa: E402
+from hstu_lab.ops import reference, triton_attention, triton_kv_write, triton_ops, triton_serving  # noqa: E402
 
 triton.knobs.runtime.interpret = interpret
 
@@ -25,7 +25,9 @@ __all__ = [
     "paged_case",
     "reference",
     "triton_attention",
+    "triton_kv_write",
     "triton_ops",
+    "triton_serving",
 ]
 
 
@@ -76,7 +78,7 @@ def attention_case(
 
 def paged_case(
     seq_lens, counts, *, seed=0, heads=2, d=16, dv=16, bias="none", dtype=torch.float32, candidates=False, num_context=0,
-    page=4, max_seq_len=64, table_dtype=torch.int64,
+    page=4, max_seq_len=64, table_dtype=torch.int64, history_lens=None,
 ):  # fmt: skip
     """(got, expected) of paged attention; the pages are shuffled and every slot no token was written to holds NaN."""
     g = torch.Generator().manual_seed(seed)
@@ -96,6 +98,7 @@ def paged_case(
     arguments = {
         "divisor": max_seq_len, "bias": rab, "num_context": num_context, "slot_times": slot_times.to(DEVICE),
         "query_times": (torch.randint(0, 10**6, (total,), generator=g) + 1_700_500_000).to(DEVICE),
+        "history_lens": None if history_lens is None else torch.tensor(history_lens, device=DEVICE),
     }  # fmt: skip
     where = (
         table.to(table_dtype).to(DEVICE), torch.tensor([0, *counts], device=DEVICE).cumsum(0),

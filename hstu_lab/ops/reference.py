@@ -164,7 +164,7 @@ def attention_jagged(
 
 def attention_paged(
     q, key_cache, value_cache, block_table, query_offsets, seq_lens, *, divisor, bias=None, query_times=None, slot_times=None,
-    candidates=None, num_context=0, max_queries=None,
+    candidates=None, num_context=0, history_lens=None, max_queries=None,
 ):  # fmt: skip
     """Attention of new queries over a paged KV cache.
 
@@ -175,6 +175,9 @@ def attention_paged(
     Without `candidates`, the queries are the last tokens of their sequence, already written to the cache. With
     `candidates` = (k, v) of shapes (T, H, d), (T, H, dv), every query is a candidate at position seq_lens[b]: it sees the
     cached history and its own k and v. `max_queries` bounds the queries of a sequence: kernels want it, the oracle does not.
+
+    With `history_lens` (B,), the tokens of a sequence from history_lens[b] on are candidates that lie in the cache like any
+    other: each sees the history and itself, at position history_lens[b].
     """
     offsets, seq_lens = query_offsets.long(), seq_lens.long()
     counts = offsets.diff()
@@ -189,7 +192,11 @@ def attention_paged(
     q_time = None if query_times is None else jagged_to_dense(query_times, offsets, most)
     allowed = k_pos.unsqueeze(-2) < seq_lens.view(-1, 1, 1)
     if candidates is None:
-        allowed = allowed & visible(q_pos, k_pos, num_context)
+        own = q_pos.unsqueeze(-1) == k_pos.unsqueeze(-2)
+        if history_lens is not None:
+            history = history_lens.long().unsqueeze(-1)
+            q_pos, allowed = torch.minimum(q_pos, history), allowed & ((k_pos < history).unsqueeze(-2) | own)
+        allowed = allowed & (visible(q_pos, k_pos, num_context) | own)
     else:
         q_pos = seq_lens.unsqueeze(-1).expand(-1, most)
         k_pos = torch.cat([k_pos, q_pos], dim=1)

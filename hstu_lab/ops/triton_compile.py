@@ -132,10 +132,10 @@ def _specification(name: str, capability: int, d: int, length: int) -> tuple[obj
         block_m, block_n = tiles.block_m, tiles.block_n
         arguments = {
             **dict.fromkeys(("OwnKeys", "OwnValues", "Position", "TimeBias", "Cells", "QueryTimes", "SlotTimes")),
-            **dict.fromkeys(("KeyTiles", "ValueTiles")),
+            **dict.fromkeys(("KeyTiles", "ValueTiles", "HistoryLens", "TileList")),
             "D": d, "DV": d, "D_PAD": d, "DV_PAD": d, "PAGE": 16, "BLOCK_M": block_m, "BLOCK_N": block_n, "NUM_CONTEXT": 1,
-            "HAS_CANDIDATES": False, "HAS_POSITION": False, "HAS_TIME": False, "EXACT": False, "TMA": False,
-            "BIAS_ROWS": block_m, "PLAIN": False, "PRECISION": "tf32",
+            "HAS_CANDIDATES": False, "HAS_HISTORY": False, "HAS_LIST": False, "HAS_POSITION": False, "HAS_TIME": False,
+            "EXACT": False, "TMA": False, "BIAS_ROWS": block_m, "PLAIN": False, "PRECISION": "tf32",
         }  # fmt: skip
         return paged.paged_kernel, arguments, tiles.num_warps, tiles.num_stages, {}, tiles.maxnreg
     if name == "sum_splits":

@@ -18,6 +18,10 @@ from hstu_lab.ops.reference import RelativeBias
 from hstu_lab.ops.triton_attention import bucket_of, bucket_tables
 from hstu_lab.ops.triton_runtime import add, capability, check_dtype, interpreted, least, most, processors, silu_of_half, use_tma
 
+LIST_ROWS = tl.constexpr(1 << 16)
+"""An entry of a tile list is LIST_ROWS * sequence + tile of its queries; NO_TILE is a tile that no sequence has."""
+NO_TILE = LIST_ROWS.value - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class PagedTiles:
@@ -128,19 +132,23 @@ def paged_values(
 @triton.jit(do_not_specialize=["heads", "tiles_m", "splits", "table_row", "positions"])
 def paged_kernel(
     Q, KeyCache, ValueCache, KeyTiles, ValueTiles, Out, BlockTable, QueryOffsets, SeqLens, QueryTimes, SlotTimes, OwnKeys,
-    OwnValues, Position, TimeBias, Cells,
+    OwnValues, HistoryLens, TileList, Position, TimeBias, Cells,
     q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, time_page, own_k_row, own_k_head, own_v_row, own_v_head,
     position_head, time_head, table_row, total, heads, tiles_m, splits, positions, half_scale, out_scale,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, NUM_CONTEXT: tl.constexpr, HAS_CANDIDATES: tl.constexpr, HAS_POSITION: tl.constexpr,
-    HAS_TIME: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
-    PLAIN: tl.constexpr,
+    BLOCK_N: tl.constexpr, NUM_CONTEXT: tl.constexpr, HAS_CANDIDATES: tl.constexpr, HAS_HISTORY: tl.constexpr,
+    HAS_LIST: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
+    BIAS_ROWS: tl.constexpr, PRECISION: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one (sequence, head) against one part of the cached keys; Out is (splits, total, heads, DV)."""
     head = tl.program_id(0) % heads
     split = tl.program_id(0) // heads
     b = tl.program_id(1) // tiles_m
     m0 = (tiles_m - 1 - tl.program_id(1) % tiles_m) * BLOCK_M
+    if HAS_LIST:
+        entry = tl.load(TileList + tl.program_id(1))
+        b = entry // LIST_ROWS
+        m0 = entry % LIST_ROWS * BLOCK_M
     start = tl.load(QueryOffsets + b).to(tl.int64)
     count = (tl.load(QueryOffsets + b + 1) - start).to(tl.int32)
     if m0 < count:
@@ -160,10 +168,18 @@ def paged_kernel(
             full = least(seq_len, seq_len - count + m0 + 1)
             if NUM_CONTEXT > 1:
                 visible = most(visible, least(seq_len, NUM_CONTEXT))
-        last_key = least(position, seq_len - 1)
+        own = position
+        history = seq_len
+        if HAS_HISTORY:
+            history = tl.load(HistoryLens + b).to(tl.int32)
+            position = least(position, history)
+            full = least(full, history)
+        last_key = least(position, history - 1)
         # One query (BIAS_ROWS 1) wants one row of bias, though the matrix product computes sixteen.
         biased = tl.arange(0, BIAS_ROWS)
-        bias_position = most(seq_len - 1 + biased, 0) if BIAS_ROWS == 1 and not HAS_CANDIDATES else position
+        bias_position = position
+        if BIAS_ROWS == 1 and not HAS_CANDIDATES:
+            bias_position = most(least(seq_len - 1, history) + biased, 0)
         q_time = tl.full((BIAS_ROWS,), 0, tl.int64)
         if HAS_TIME:
             q_time = tl.load(QueryTimes + start + m0 + biased, mask=m0 + biased < count, other=0)
@@ -213,6 +229,8 @@ def paged_kernel(
             k = tl.load(keys_of_head + k_rows[None, :] + dims[:, None], mask=written[None, :] & (dims[:, None] < D), other=0.0)
             half = tl.dot(q, k, input_precision=PRECISION) * half_scale + bias
             allowed = keys[None, :] <= last_key[:, None]
+            if HAS_HISTORY:
+                allowed = allowed | (keys[None, :] == own[:, None])
             if NUM_CONTEXT > 1:
                 allowed = allowed | ((position[:, None] < NUM_CONTEXT) & (keys[None, :] < least(NUM_CONTEXT, seq_len)))
             allowed = allowed & written[None, :]
@@ -296,13 +314,15 @@ def _as_rows(cache: Tensor, block: int) -> TensorDescriptor:
 def attention_paged(
     q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, query_offsets: Tensor, seq_lens: Tensor, *,
     divisor: float, bias: RelativeBias | None = None, query_times: Tensor | None = None, slot_times: Tensor | None = None,
-    candidates: tuple[Tensor, Tensor] | None = None, num_context: int = 0, max_queries: int | None = None,
-    tiles: PagedTiles | None = None,
+    candidates: tuple[Tensor, Tensor] | None = None, num_context: int = 0, history_lens: Tensor | None = None,
+    max_queries: int | None = None, tiles: PagedTiles | None = None, tile_list: Tensor | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of new queries over a paged KV cache; shapes as in `hstu_lab.ops.reference.attention_paged`.
 
     `max_queries` bounds the queries of one sequence; without it the number is read back from the device, which waits for it
-    (and cannot be captured in a CUDA graph). Raises TypeError or ValueError for what the kernel does not take.
+    (and cannot be captured in a CUDA graph). `tile_list` (L,) int32 names the query tiles to compute, where not all are wanted:
+    the rows of the others are left as they are in `out` (T, H, dv). Raises TypeError or ValueError for what the kernel does not
+    take.
     """
     check_dtype(q=q, key_cache=key_cache, value_cache=value_cache)
     total, heads, d = q.shape
@@ -310,7 +330,7 @@ def attention_paged(
     batch = query_offsets.shape[0] - 1
     if page & (page - 1):
         raise ValueError(f"block_size is {page}: the paged kernel takes powers of two")
-    out = torch.empty(total, heads, dv, dtype=q.dtype, device=q.device)
+    out = torch.empty(total, heads, dv, dtype=q.dtype, device=q.device) if out is None else out
     if total == 0:
         return out
     if max_queries is None:
@@ -338,13 +358,15 @@ def attention_paged(
     tma = tma and all(cache.stride(0) == page * cache.stride(1) for cache in (key_cache, value_cache))
     if tma:
         key_tiles, value_tiles = (_as_rows(cache, tiles.block_n) for cache in (key_cache, value_cache))
-    paged_kernel[(heads * tiles.splits, batch * tiles_m)](
+    paged_kernel[(heads * tiles.splits, batch * tiles_m if tile_list is None else len(tile_list))](
         q, key_cache, value_cache, key_tiles, value_tiles, parts, block_table, query_offsets, seq_lens, query_times, slot_times,
-        own_k, own_v, position, time, cells, *strides, block_table.stride(0), total, heads, tiles_m, tiles.splits,
+        own_k, own_v, history_lens, tile_list, position, time, cells, *strides, block_table.stride(0), total, heads, tiles_m,
+        tiles.splits,
         0 if position is None else position.shape[1], 0.5 * d**-0.5, 1 / divisor,
         D=d, DV=dv, D_PAD=d_pad, DV_PAD=dv_pad, PAGE=page,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, NUM_CONTEXT=num_context, HAS_CANDIDATES=candidates is not None,
-        HAS_POSITION=position is not None, HAS_TIME=time is not None, EXACT=q.dtype == torch.float32 or interpreted(), TMA=tma,
+        HAS_HISTORY=history_lens is not None, HAS_LIST=tile_list is not None, HAS_POSITION=position is not None,
+        HAS_TIME=time is not None, EXACT=q.dtype == torch.float32 or interpreted(), TMA=tma,
         BIAS_ROWS=1 if max_queries == 1 else tiles.block_m, PLAIN=interpreted(),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,

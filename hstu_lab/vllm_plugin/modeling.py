@@ -1,8 +1,8 @@
 """The model class that vLLM loads: the project's own encoder, stack and item table, attending through vLLM's paged cache.
 
 A prompt comes in one of two forms, with the same result: packed event tokens (unpacked and looked up here), or prompt
-embeddings computed outside. Embeddings carry the token's quantised gap in two extra columns, because the time bias needs
-it; two, since bfloat16 holds integers exactly only up to 256.
+embeddings computed outside. Embeddings carry the token's quantised gap and its item in extra columns, because the time bias
+and the mask of seen items need them; as digits, since bfloat16 holds integers exactly only up to 256.
 """
 
 from __future__ import annotations
@@ -15,17 +15,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 
 from hstu_lab import ops
 from hstu_lab.config import ModelConfig
-from hstu_lab.model import LEVEL_COLUMNS, EventEncoder, HSTUStack
+from hstu_lab.model import TOKEN_COLUMNS, EventEncoder, HSTUStack, TaskHeads
 from hstu_lab.ops import reference
 from hstu_lab.tokens import level_seconds, unpack
-from hstu_lab.vllm_plugin.attention import HSTUAttentionBackend, SlotTimes
+from hstu_lab.vllm_plugin.attention import HSTUAttentionBackend
+from hstu_lab.vllm_plugin.candidates import MARKS, strip
+from hstu_lab.vllm_plugin.parallel import ParallelOps, own_heads, own_part
+from hstu_lab.vllm_plugin.slots import CANDIDATE, Slots
 
-_LEVEL_BASE = 256
+_BASE = 256
 
 
 class HSTUPretrainedConfig(PretrainedConfig):
@@ -35,6 +44,9 @@ class HSTUPretrainedConfig(PretrainedConfig):
 
     def __init__(self, hstu: dict | None = None, **kwargs):
         self.hstu = hstu or {}
+        if hstu:  # a checkpoint written by a release with fewer columns serves as well
+            kwargs["hidden_size"] = hstu["d_model"] + TOKEN_COLUMNS
+            kwargs["max_position_embeddings"] = hstu["max_seq_len"] + MARKS  # candidates all stand at one position
         super().__init__(**kwargs)
 
     @property
@@ -63,18 +75,19 @@ class DeviceTables(nn.Module):
         return torch.where(is_user, self.embeddings["user"](user.clamp(min=0)), rows)
 
 
-def attach_levels(x: Tensor, level: Tensor) -> Tensor:
-    """Encoder output (T, d_model) and gap levels (T,) -> what vLLM takes as prompt embeddings (T, d_model + 2)."""
-    digits = torch.stack([level // _LEVEL_BASE, level % _LEVEL_BASE], dim=-1)
-    return torch.cat([x, digits.to(x.dtype)], dim=-1)
+def attach_token(x: Tensor, level: Tensor, item: Tensor) -> Tensor:
+    """Encoder output (T, d_model), gap levels (T,) and items (T,) -> what vLLM takes as prompt embeddings (T, d_model + 5)."""
+    level = level + 1  # a candidate's is -1
+    digits = (level // _BASE, level % _BASE, item // _BASE**2, item // _BASE % _BASE, item % _BASE)
+    return torch.cat([x, torch.stack(digits, dim=-1).to(x.dtype)], dim=-1)
 
 
-def detach_levels(embeds: Tensor) -> tuple[Tensor, Tensor]:
-    """What `attach_levels` joined: embeddings (T, d_model + 2) -> (T, d_model) and levels (T,) int64."""
-    x, digits = embeds.tensor_split([-LEVEL_COLUMNS], dim=-1)
+def detach_token(embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `attach_token` joined: embeddings (T, d_model + 5) -> (T, d_model), levels (T,) and items (T,) int64."""
+    x, digits = embeds.tensor_split([-TOKEN_COLUMNS], dim=-1)
     # Integers before they are added up: bfloat16 holds 1 x 256 and 255, not their sum.
-    high, low = digits.round().long().unbind(-1)
-    return x, high * _LEVEL_BASE + low
+    level1, level0, item2, item1, item0 = digits.round().long().unbind(-1)
+    return x, level1 * _BASE + level0 - 1, (item2 * _BASE + item1) * _BASE + item0
 
 
 class HSTUForRecommendation(nn.Module):
@@ -87,15 +100,21 @@ class HSTUForRecommendation(nn.Module):
             raise ValueError(f"d_qk is {config.d_qk} and d_v {config.d_v}: vLLM's cache wants them equal")
         self.config = config
         self.ops = ops.get(vllm_config.additional_config.get("ops", "reference"))
+        self.gpus, self.gpu = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+        if self.gpus > 1:
+            self.ops = ParallelOps(self.ops, tensor_model_parallel_all_gather, tensor_model_parallel_all_reduce)
+        own = own_heads(config, self.gpus)
         self.tables = DeviceTables(config)
         self.encoder = EventEncoder(config)
-        self.stack = HSTUStack(config, self.ops)
-        self.slot_times = SlotTimes()
+        self.stack = HSTUStack(own, self.ops)
+        self.heads = TaskHeads(config)
+        self.slots = Slots(self.ops)
+        self.slots.task_logits = self.task_logits
         self.attention = nn.ModuleList(
             Attention(
-                config.num_heads, config.d_qk, config.d_qk**-0.5, cache_config=vllm_config.cache_config,
+                own.num_heads, own.d_qk, own.d_qk**-0.5, cache_config=vllm_config.cache_config,
                 prefix=f"{prefix}.layers.{i}.attention".lstrip("."), attn_backend=HSTUAttentionBackend,
-                hstu_layer=layer, ops=self.ops, divisor=config.max_seq_len, slot_times=self.slot_times,
+                hstu_layer=layer, ops=self.ops, divisor=config.max_seq_len, slots=self.slots,
             )
             for i, layer in enumerate(self.stack.layers)
         )  # fmt: skip
@@ -105,57 +124,63 @@ class HSTUForRecommendation(nn.Module):
         self.register_buffer("known_items", torch.zeros(config.num_items, dtype=torch.bool))
         self.register_buffer("item_matrix", torch.zeros(config.num_items, config.d_model), persistent=False)
 
+    def _read(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Packed tokens (T,) -> the stack's input (T, d_model), gap levels (T,), CANDIDATE for candidates, and items (T,)."""
+        tokens, is_candidate = strip(input_ids.long(), self.config)
+        item, action, level, _ = unpack(tokens, self.config)
+        x = self.encoder(self.tables(tokens), action, self.level_bucket[level])
+        return x, level.masked_fill(is_candidate, CANDIDATE), item
+
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """Packed tokens (T,) -> (T, d_model + 2), the form of prompt embeddings."""
-        tokens = input_ids.long()
-        _, action, level, _ = unpack(tokens, self.config)
-        return attach_levels(self.encoder(self.tables(tokens), action, self.level_bucket[level]), level)
+        """Packed tokens (T,) -> (T, d_model + 5), the form of prompt embeddings."""
+        return attach_token(*self._read(input_ids))
 
     def forward(
         self, input_ids: Tensor | None, positions: Tensor, intermediate_tensors=None, inputs_embeds: Tensor | None = None
     ) -> Tensor:
-        """Hidden states (T, d_model) of the step's tokens, given as ids (T,) or embeddings (T, d_model + 2)."""
-        embeds = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        x, level = detach_levels(embeds)
-        if self.config.rab == "position+time":
-            self._note_times(level)
-
-        def attend(layer, q, k, v, bias):
-            # The layer's own bias reaches the backend through hstu_layer: vLLM's call carries only q, k and v.
-            out = self.attention[layer](*(part.flatten(-2).contiguous() for part in (q, k, v)))
-            return out.unflatten(-1, (self.config.num_heads, -1))
-
-        return self.stack(x.contiguous(), attend)
-
-    def _note_times(self, level: Tensor) -> None:
+        """Hidden states (T, d_model) of the step's tokens, given as ids (T,) or embeddings (T, d_model + 5)."""
+        x, level, item = self._read(input_ids) if inputs_embeds is None else detach_token(inputs_embeds)
         metadata = get_forward_context().attn_metadata
         if isinstance(metadata, dict):
-            metadata = metadata.get(self.attention[0].layer_name)
-        if metadata is None:
-            return
-        gaps = self.level_seconds[level[: metadata.num_tokens].clamp(0, self.config.num_time_levels - 1)]
-        times = self.slot_times.append(gaps, metadata, self.attention[0].kv_cache)
-        metadata.query_times = times
-        for attention in self.attention[1:]:
-            other = get_forward_context().attn_metadata[attention.layer_name]
-            other.query_times = times
+            metadata = metadata[self.attention[0].layer_name]
+        if metadata is not None:
+            gaps = self.level_seconds[level.clamp(0, self.config.num_time_levels - 1)].masked_fill(level < 0, CANDIDATE)
+            count = metadata.num_tokens
+            self.slots.note(gaps[:count], item[:count], metadata, self.attention[0].kv_cache)
+
+        def attend(layer, q, k, v, bias):
+            # The layer's own bias is the backend's, through hstu_layer.
+            attention = self.attention[layer]
+            return attention.impl.attend(q, k, v, attention.kv_cache, metadata)
+
+        hidden = self.stack(x.contiguous(), attend)
+        if metadata is not None:
+            self.slots.keep_candidates(hidden, gaps, metadata, self.attention[-1].kv_cache)
+        return hidden
+
+    def task_logits(self, slots: Tensor) -> Tensor:
+        """Logits (S, 3) of the tasks for the candidates in those slots (S,)."""
+        return self.heads(self.slots.kept(slots, self.attention[-1].kv_cache, self.config.d_model)).float()
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Next-item logits (T, num_items): cosine / temperature, -inf for ids that name no item."""
-        scores = F.normalize(hidden_states, dim=-1) @ self.item_matrix.t() / self.config.temperature
+        hidden = F.normalize(hidden_states, dim=-1)
+        if hidden.is_cuda and hidden.dtype != torch.float32:
+            # Logits in half precision would tie: they lie between -20 and 20, and bfloat16 has eight bits.
+            scores = torch.mm(hidden, self.item_matrix.t(), out_dtype=torch.float32) / self.config.temperature
+        else:
+            scores = hidden @ self.item_matrix.t() / self.config.temperature
         return scores.masked_fill(~self.known_items, -torch.inf)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Copy a checkpoint's tensors; the task heads stay outside the engine. Raises ValueError on a name it does not know."""
-        own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        """Copy a checkpoint's tensors. Raises ValueError on a name that the model does not know."""
+        parameters = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         loaded = set()
         for name, tensor in weights:
-            if name.startswith("heads."):
-                continue
             target = name.replace("tables.store.collection.", "tables.")
-            if target not in own:
+            if target not in parameters:
                 raise ValueError(f"checkpoint tensor {name} is unknown to the model: it was written by another release")
-            own[target].data.copy_(tensor)
+            parameters[target].data.copy_(own_part(target, tensor, self.config, self.gpu, self.gpus))
             loaded.add(target)
         self.item_matrix.copy_(F.normalize(self.tables.embeddings["item"].weight.float(), dim=-1))
         return loaded

@@ -1,4 +1,8 @@
-"""Never recommend what the user has seen: a vLLM V1 logits processor that masks given and generated items."""
+"""Never recommend what the user has seen: a vLLM V1 logits processor that masks given and generated items.
+
+The items of the prompt and those generated lie in the cache's slots, so the mask is one kernel over the block tables and no
+work for the host. Only items that were seen but are not in the prompt travel with the request.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 
 class SeenItems(LogitsProcessor):
-    """Masks `SamplingParams.extra_args["seen"]` (item ids) and every item that the request has generated."""
+    """Masks, for requests with `SamplingParams.extra_args["seen"]`, those item ids and every item of the sequence so far."""
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams):
@@ -20,24 +24,38 @@ class SeenItems(LogitsProcessor):
             raise ValueError("extra_args['seen'] must be a list of item ids (non-negative integers)")
 
     def __init__(self, vllm_config, device: torch.device, is_pin_memory: bool):
+        self.layers = vllm_config.compilation_config.static_forward_context
         self.device = device
-        self.requests: dict[int, tuple[Tensor, list[int]]] = {}
+        self.requests: dict[int, list[int]] = {}
+        self._changed = True
 
     def is_argmax_invariant(self) -> bool:
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         process_dict_updates(self.requests, batch_update, self._add)
+        self._changed = self._changed or bool(batch_update)
 
-    def _add(self, params: SamplingParams, prompt: list[int] | None, generated: list[int]) -> tuple[Tensor, list[int]] | None:
-        seen = (params.extra_args or {}).get("seen")
-        if seen is None:
-            return None
-        return torch.tensor(seen, dtype=torch.int64, device=self.device), generated
+    @staticmethod
+    def _add(params: SamplingParams, prompt: list[int] | None, generated: list[int]) -> list[int] | None:
+        return (params.extra_args or {}).get("seen")
 
     def apply(self, logits: Tensor) -> Tensor:
-        """logits (B, num_items), masked in place. Ids beyond the item table are ignored."""
-        for row, (seen, generated) in self.requests.items():
-            for ids in (seen, torch.tensor(generated, dtype=torch.int64, device=self.device)):
-                logits[row, ids[(ids >= 0) & (ids < logits.shape[-1])]] = -torch.inf
+        """logits (B, V), masked in place. Ids beyond the item table are ignored."""
+        if not self.requests:
+            return logits
+        slots = next(iter(self.layers.values())).impl.slots
+        count, width = logits.shape
+        if self._changed:
+            pairs = [(row, item) for row, items in self.requests.items() for item in items if item < width]
+            self._pairs = torch.tensor(pairs, device=self.device).t().unbind() if pairs else None
+            wanted = None if len(self.requests) == count else [row in self.requests for row in range(count)]
+            self._wanted = None if wanted is None else torch.tensor(wanted, device=self.device)
+            self._changed = False
+        lens = slots.step.seq_lens[:count]
+        if self._wanted is not None:
+            lens = torch.where(self._wanted, lens, 0)
+        slots.mask_items(logits, lens, slots.step.block_table)
+        if self._pairs is not None:
+            logits[self._pairs] = -torch.inf
         return logits

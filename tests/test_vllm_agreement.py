@@ -1,0 +1,122 @@
+"""The real engine gives the reference's lists, item by item, whatever order requests come in and however vLLM runs them."""
+
+import itertools
+import random
+import time
+
+import pytest
+import torch
+
+from hstu_lab.config import preset
+from hstu_lab.events import World
+from hstu_lab.model import HSTU
+from hstu_lab.strategies import best_items
+from hstu_lab.tokens import encode_history
+from hstu_lab.vllm_engine import Engine, EngineOptions
+
+TINY_BLOCK = 2 * 16 * 2 * (16 + 16) * 4
+"""Bytes of a block of 16 tokens of the tiny preset, in float32."""
+AMPLE, SCARCE = 600 * TINY_BLOCK, 24 * TINY_BLOCK
+
+
+@pytest.fixture(scope="module")
+def users(tiny_model):
+    """500 users' histories as tokens, cut at random so that every length occurs, and the reference's two lists for each.
+
+    The reference is the dense model in float64. A user whose list hangs on a difference of logits below float32's error (two
+    items of 500 all but tie) is left out: there the reference in float32 would not agree with itself.
+    """
+    config, draw, model = tiny_model.config, random.Random(0), HSTU(tiny_model.config).double().eval()
+    model.load_state_dict(tiny_model.state_dict())
+    logs = [World(preset("tiny"), seed=seed).generate(260, seed=seed) for seed in (9, 10)]
+    tokens, seen = [], []
+    for user in range(520):
+        h = logs[user // 260].history(user % 260)
+        count = draw.randrange(1, len(h) + 1)
+        items, actions, times = (column.tolist()[:count] for column in (h.items, h.actions, h.timestamps))
+        tokens.append(encode_history(items, actions, times, user % 260 + 1, config))
+        seen.append(items)
+    assert len({len(t) for t in tokens}) > 40
+    topk, least = next_items(model, tokens, seen, 20)
+    slates: list[list[int]] = [[] for _ in tokens]
+    for _ in range(10):  # one dense pass an item: no cache that could be wrong in the same way
+        grown = [t + s for t, s in zip(tokens, slates)]
+        best, gaps = next_items(model, grown, [a + b for a, b in zip(seen, slates)], 1)
+        least = [min(pair) for pair in zip(least, gaps)]
+        for slate, items in zip(slates, best):
+            slate += items
+    sure = [user for user, gap in zip(zip(tokens, seen, topk, slates), least) if gap > 2e-5]
+    assert len(sure) >= 500
+    return sure[:500]
+
+
+@torch.inference_mode()
+def next_items(model, tokens, seen, k):
+    """The k best unseen items of each history, and the smallest difference of logits by which their order is decided."""
+    lists, gaps = [], []
+    for first in range(0, len(tokens), 100):
+        some = tokens[first : first + 100]
+        offsets = torch.tensor([0, *map(len, some)]).cumsum(0)
+        hidden = model.dense(torch.tensor([token for history in some for token in history]), offsets)
+        logits = model.logits(hidden[torch.arange(len(some)), offsets.diff() - 1])
+        best = best_items(logits, seen[first : first + 100], k + 1)
+        gaps += [-logits[row, items].diff().max().item() for row, items in enumerate(best)]
+        lists += [items[:k] for items in best]
+    return lists, gaps
+
+
+def wrong(engine, users, seed):
+    """How many lists differ from the reference's, requests of both tasks arriving in bursts, in random order."""
+    draw = random.Random(seed)
+    requests = [(user, task) for user in users for task in ("topk", "slate")]
+    draw.shuffle(requests)
+    waiting = []
+    while requests:
+        burst, requests = requests[: (n := draw.choice([1, 3, 10, 40]))], requests[n:]
+        for (tokens, seen, topk, slate), task in burst:
+            future = engine.submit_topk(tokens, seen, 20) if task == "topk" else engine.submit_slate(tokens, seen, 10)
+            waiting.append((future, topk if task == "topk" else slate))
+        time.sleep(draw.choice([0, 0, 0.002, 0.01]))
+    return sum(future.result().items != expected for future, expected in waiting)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(
+    ("memory", "batch", "options"),
+    [
+        (AMPLE, 64, {}),
+        (SCARCE, 16, {"max_num_batched_tokens": 64}),
+        (AMPLE, 7, {"enable_prefix_caching": False, "enable_chunked_prefill": False}),
+    ],
+    ids=["ample", "scarce-chunked", "nothing-shared"],
+)
+def test_a_hundred_users(tiny_checkpoint, users, memory, batch, options):
+    with Engine(tiny_checkpoint, EngineOptions(kv_cache_memory_bytes=memory, max_num_seqs=batch, **options)) as engine:
+        assert wrong(engine, users[:100], seed=batch) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("memory", [AMPLE, SCARCE], ids=["ample", "scarce"])
+@pytest.mark.parametrize("batch", [1, 7, 64])
+@pytest.mark.parametrize("embeds", [True, False], ids=["embeds", "tokens"])
+def test_500_users_all_options(tiny_checkpoint, users, memory, batch, embeds, monkeypatch):
+    """Both tasks of 500 users with prefix cache and chunked prefill on and off; where memory is scarce, some are preempted."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempted, preempt = [], Scheduler._preempt_request
+
+    def noting(self, request, *args, **kwargs):
+        preempted.append(request.num_output_tokens)
+        return preempt(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", noting)
+    for prefix, chunked in itertools.product((True, False), repeat=2):
+        options = EngineOptions(
+            kv_cache_memory_bytes=memory, max_num_seqs=batch, enable_prefix_caching=prefix, enable_chunked_prefill=chunked,
+            max_num_batched_tokens=64 if chunked else 2048, prompt_embeds=embeds,
+        )  # fmt: skip
+        with Engine(tiny_checkpoint, options) as engine:
+            assert wrong(engine, users, seed=batch) == 0, (prefix, chunked)
+    if memory == SCARCE and batch == 64:
+        assert any(preempted), "nobody was preempted after a first item: the test shows nothing"

@@ -1,0 +1,57 @@
+"""The load driver against the real engine: what is in flight, what is cached, what a latency counts from."""
+
+import itertools
+
+import pytest
+
+from hstu_lab.config import preset
+from hstu_lab.vllm_engine import Engine, EngineOptions
+from hstu_lab.vllm_load import Cell, Users, closed_loop, fill, open_loop, submit
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_checkpoint):
+    with Engine(tiny_checkpoint, EngineOptions(kv_cache_memory_bytes=16 << 20)) as engine:
+        yield engine
+
+
+def test_cold_prompts_share_no_block_and_warm_ones_their_first_part():
+    config = preset("tiny")
+    cold = [next(users) for users in [Users(config, Cell("topk", 40, 0.0), 4)] for _ in range(50)]
+    assert {len(prompt) for prompt in cold} == {40}
+    assert len({prompt[0] for prompt in cold}) == 50
+    users = Users(config, Cell("topk", 40, 0.9), 4)
+    warm = list(itertools.islice(iter(lambda: next(users), None), 50))
+    assert all(prompt[:36] == warm[i % 4][:36] for i, prompt in enumerate(warm))
+    assert len({prompt[36] for prompt in warm}) == 50
+    assert max(token for prompt in cold + warm for token in prompt) < config.user_token_base
+
+
+@pytest.mark.parametrize("warm", [0.0, 0.9])
+def test_a_closed_loop_keeps_its_number_in_flight(engine, monkeypatch, warm):
+    cell = Cell("slate", 40, warm)
+    users = Users(engine.config, cell, 8)
+    fill(engine, cell, users)
+    most, now = [0], [0]
+
+    def counting(engine, cell, prompt):
+        now[0] += 1
+        most[0] = max(most[0], now[0])
+        future = submit(engine, cell, prompt)
+        future.add_done_callback(lambda _: now.__setitem__(0, now[0] - 1))
+        return future
+
+    monkeypatch.setattr("hstu_lab.vllm_load.submit", counting)
+    outcome = closed_loop(engine, cell, users, in_flight=6, seconds=0.3, ramp=0.1)
+    assert most[0] == 6
+    assert now[0] == 0
+    assert outcome.latencies
+    assert outcome.cached == pytest.approx(32 / 40 if warm else 0, abs=0.01)
+
+
+def test_an_open_loop_waits_for_nobody(engine):
+    """Latencies count from the planned arrival, so an engine that stands still for a while shows in them."""
+    cell = Cell("topk", 40, 0.0)
+    outcome = open_loop(engine, cell, Users(engine.config, cell, 1), rate=40, seconds=0.5)
+    assert 5 <= len(outcome.latencies) <= 50
+    assert min(outcome.latencies) > 0
