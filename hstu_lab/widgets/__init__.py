@@ -7,6 +7,16 @@ from hstu_lab.widgets.base import EDGE, STAGE_COLOURS, STYLE, Explorer, Figure, 
 from hstu_lab.widgets.kernels import TILE_COLOURS, rates_by_length, share_bars, tile_explorer, tile_kinds, tile_map
 from hstu_lab.widgets.latency import latency_by_length, latency_explorer, stage_waterfall, strategy_waterfall, time_lengths
 from hstu_lab.widgets.model import attention_explorer, attention_weights, matrices, quality_bars
+from hstu_lab.widgets.paging import (
+    ACTIVITIES,
+    Frame,
+    block_map,
+    paging_explorer,
+    request_colour,
+    schedule_explorer,
+    scheduler_timeline,
+    watch,
+)
 from hstu_lab.widgets.roofline import BOUND_COLOURS, against, prediction_bars, roofline_explorer, roofline_plot, wave_plot
 from hstu_lab.widgets.serving import DECODE, EMPTY, PREFILL, WAITING, kv_blocks, kv_explorer, kv_pool, prefix_reuse, serving_steps
 from hstu_lab.widgets.tables import PART_COLOURS, parameter_bars, parameter_explorer, parameter_parts, taste_drift
