@@ -1,4 +1,4 @@
-"""The command line: python -m hstu_lab recommend | benchmark | doctor | train | export."""
+"""The command line: python -m hstu_lab recommend | benchmark | serve | doctor | train | export."""
 
 from __future__ import annotations
 
@@ -66,6 +66,19 @@ def _parser() -> argparse.ArgumentParser:
     benchmark = commands.add_parser("benchmark", parents=[common, serving], help="latency and throughput, with agreement")
     benchmark.add_argument("--mode", choices=modes, default="benchmark")
     benchmark.set_defaults(run=_recommend)
+
+    serve = commands.add_parser("serve", parents=[common], help="answer over HTTP, the engine in a supervised process of its own")
+    serve.add_argument("--checkpoint", metavar="FOLDER", help="default: the shipped one")
+    serve.add_argument(
+        "--strategy", choices=("auto", "eager", "onnx", "vllm", "tensorrt", "unified"), help="auto: vllm if it is here"
+    )
+    serve.add_argument("--ops", choices=("reference", "triton"), help="operators of the PyTorch and vLLM stages")
+    serve.add_argument("--host", default="127.0.0.1", help="another than loopback needs a token")
+    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    serve.add_argument("--token-file", metavar="FILE", help="file with the bearer token (default: HSTU_LAB_TOKEN, where set)")
+    serve.add_argument("--max-in-flight", type=_positive, default=64, help="more requests than that get 429 (default: 64)")
+    serve.add_argument("--deadline-ms", type=_positive, default=5000, help="of requests that name none (default: 5000)")
+    serve.set_defaults(run=_serve)
 
     doctor = commands.add_parser("doctor", parents=[common], help="what this machine can run")
     doctor.add_argument("--deep", action="store_true", help="import every engine instead of only looking for it")
@@ -219,6 +232,19 @@ def _measure(recommender, histories, settings, options: argparse.Namespace) -> i
 
 
 # ---- the other commands
+
+
+def _serve(options: argparse.Namespace) -> int:
+    settings = _settings(options)
+    from hstu_lab.server import ServerError, ServerOptions, serve
+
+    token = os.environ.get("HSTU_LAB_TOKEN") or None
+    if options.token_file:
+        token = pathlib.Path(options.token_file).read_text().strip()
+        if not token:
+            raise ServerError(f"--token-file {options.token_file} is empty: write the token into it")
+    where = ServerOptions(options.host, options.port, token, options.max_in_flight, options.deadline_ms)
+    return serve(where, settings.model_dump(mode="json", exclude_none=True))
 
 
 def _doctor(options: argparse.Namespace) -> int:
