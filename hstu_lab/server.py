@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 MOST_EVENTS = 10_000
 LONGEST_DEADLINE_MS = 60_000
+KEEP_ALIVE_SECONDS = 75
+"""Longer than clients keep idle connections, or a request may meet a connection that is just being closed."""
 BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 60)
 
 
@@ -354,14 +356,15 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame) -> None:
         self.config.app.state.service.draining = True
-        super().handle_exit(sig, frame)
+        self.force_exit = self.should_exit  # a second signal does not wait; and none is raised again when all is done
+        self.should_exit = True
 
 
 def serve(options: ServerOptions, settings: dict) -> int:
     """Listen until SIGTERM or Ctrl-C; the exit status. Raises ServerError where the port is taken."""
     config = uvicorn.Config(
         make_app(options, settings), host=options.host, port=options.port, log_level="warning", access_log=False,
-        timeout_graceful_shutdown=options.drain_seconds, lifespan="on",
+        timeout_graceful_shutdown=options.drain_seconds, lifespan="on", timeout_keep_alive=KEEP_ALIVE_SECONDS,
     )  # fmt: skip
     try:
         sockets = [config.bind_socket()]

@@ -343,7 +343,7 @@ def test_sigterm_answers_what_was_accepted_and_then_ends(tiny_checkpoint, body):
             time.sleep(0.02)
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
-        with pytest.raises(OSError, match="refused|reset"):
+        with pytest.raises(OSError, match=r"refused|reset"):
             server.call("/ready")
         timer.join()
         thread.join()

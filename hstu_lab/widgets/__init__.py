@@ -6,6 +6,7 @@ Milliseconds everywhere. A stage has the same colour in every figure (Okabe and 
 from hstu_lab.widgets.base import EDGE, STAGE_COLOURS, STYLE, Explorer, Figure, format_bytes, source_line, stage_colours
 from hstu_lab.widgets.kernels import TILE_COLOURS, rates_by_length, share_bars, tile_explorer, tile_kinds, tile_map
 from hstu_lab.widgets.latency import latency_by_length, latency_explorer, stage_waterfall, strategy_waterfall, time_lengths
+from hstu_lab.widgets.load import OUTCOMES, load_curve, load_explorer, outcome_rates
 from hstu_lab.widgets.model import attention_explorer, attention_weights, matrices, quality_bars
 from hstu_lab.widgets.paging import (
     ACTIVITIES,
