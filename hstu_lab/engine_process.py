@@ -342,6 +342,8 @@ async def serve_child(fd: int) -> None:
 def main(fd: int) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches parent and child; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # vLLM may finish a request in the very step in which it is cancelled: its future then refuses the result, which is logged.
+    logging.getLogger("concurrent.futures").setLevel(logging.CRITICAL)
     os.set_inheritable(fd, False)
     try:
         asyncio.run(serve_child(fd))

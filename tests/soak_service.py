@@ -99,7 +99,7 @@ class Trouble:
             body = self.valid()
             answer = await self.post("steady", body)
             if answer is None:
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(0.5)
                 continue
             key = json.dumps([body["user"], body["task"], len(body["events"])])
             items = [item["item_id"] for item in answer["items"]]
@@ -176,7 +176,8 @@ class Trouble:
             if report and time.monotonic() - said > 30:
                 said = time.monotonic()
                 report(f"{said - start:6.0f} s  {self.account.requests} requests, {len(self.account.faults)} faults")
-            await asyncio.sleep(0.3)
+            # An engine that starts needs the processor that our refused requests would take.
+            await asyncio.sleep(0.3 if all(task.done() for task in killing) else 3)
         await asyncio.gather(*steady, *killing)
         self.account.faults += [f"{kind.__name__} never ran" for kind in kinds[turn:]]
 
