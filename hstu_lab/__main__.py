@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     load.add_argument("--seconds", type=float, default=5.0, help="of each run (default: 5)")
     load.add_argument("--limit-ms", type=float, default=200.0, help="p99 that the knee must keep (default: 200)")
     load.add_argument("--record", metavar="NAME", help="write data/measured/DEVICE/NAME.json and figures/NAME.png")
+    load.add_argument("--note", metavar="TEXT", help="what else a reader of the record must know")
     load.set_defaults(run=_load)
 
     doctor = commands.add_parser("doctor", parents=[common], help="what this machine can run")
@@ -308,6 +309,7 @@ def _record_load(
         f"{task} by {service['strategy']}, preset {service['preset']}, client and service on one machine; {len(sample)} visits "
         f"of {users} users in the log's order, {min(lengths)} to {max(lengths)} events"
     )
+    note += f"; {options.note}" if options.note else ""
     data = {"rows": rows, "service": service, "limit_ms": options.limit_ms, "knee": best}
     record = Record.here(options.record, data=data, note=note)
     print(f"wrote {write_record(record)}")
