@@ -137,17 +137,17 @@ class EngineProcess:
         watch = asyncio.create_task(self._watch(process, time.monotonic()))
         try:
             self._send({"settings": self.settings})
+            self.last_failure = ""
             while line := await reader.readline():
                 self._heard = time.monotonic()
                 self._receive(json.loads(line))
-            self.last_failure = self.last_failure if watch.done() else ""
         except ConnectionError:
             pass
         finally:
             watch.cancel()
-            self.ready = None
+            up, self.ready = self.ready is not None, None
             writer.close()
-            if self._stopping:
+            if self._stopping and up:  # one that is only starting has nothing to put away
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(process.wait(), 10)
             if process.returncode is None:
@@ -170,7 +170,7 @@ class EngineProcess:
 
     def _receive(self, message: dict) -> None:
         if "ready" in message:
-            self.ready, self.last_failure = message["ready"], ""
+            self.ready = message["ready"]
             self._changed.set()
         elif "failed" in message:
             self.last_failure = message["failed"]
@@ -299,8 +299,18 @@ class Worker:
 
 
 async def serve_child(fd: int) -> None:
-    """Answer the parent until it closes the socket."""
+    """Answer the parent until it closes the socket; what ends this process before that is told."""
     reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=fd), limit=LONGEST_LINE)
+    try:
+        await _answer_lines(reader, writer)
+    except Exception as error:
+        with contextlib.suppress(ConnectionError):
+            writer.write(encode_line({"failed": f"{type(error).__name__}: {error}"}))
+            await writer.drain()
+        raise
+
+
+async def _answer_lines(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     worker, tasks = None, {}
 
     async def answer(message: dict) -> None:
@@ -347,9 +357,7 @@ def main(fd: int) -> int:
     os.set_inheritable(fd, False)
     try:
         asyncio.run(serve_child(fd))
-    except Exception as error:
-        with contextlib.suppress(OSError), socket.socket(fileno=fd) as peer:
-            peer.sendall(encode_line({"failed": f"{type(error).__name__}: {error}"}))
+    except Exception:
         log.exception("engine process")
         return 1
     return 0

@@ -8,7 +8,6 @@ accepted, and every run is bounded in requests and seconds.
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import dataclasses
 import itertools
@@ -26,7 +25,8 @@ from hstu_lab.server import is_loopback
 from hstu_lab.telemetry import Histogram
 
 MOST_REQUESTS, MOST_SECONDS = 200_000, 3_600
-KV_USAGE = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")
+KV_USAGE = "vllm:kv_cache_usage_perc"
+PREFIX_HITS, PREFIX_QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
 
 
 class LoadError(ValueError):
@@ -80,6 +80,7 @@ class LoadResult:
     outcomes: dict[str, int] = dataclasses.field(default_factory=dict)
     latency: Histogram = dataclasses.field(default_factory=Histogram)
     kv_usage: float = 0.0
+    prefix_hits: float = 0.0
 
     @property
     def sent(self) -> int:
@@ -91,11 +92,13 @@ class LoadResult:
         return self.outcomes.get("200", 0) / self.seconds if self.seconds else 0.0
 
     def to_dict(self) -> dict:
-        """offered (requests/s, or clients of a closed loop), goodput (answers/s), ms percentiles, shares and peak KV usage."""
+        """offered (requests/s, or clients of a closed loop), goodput (answers/s), ms percentiles, outcomes, and of vLLM the
+        peak share of the KV cache held by requests and the share of prompt tokens found in it."""
         p50, p95, p99 = self.latency.percentiles() if self.latency.count else (math.nan,) * 3
         return {
             "mode": self.mode, "offered": self.offered, "sent": self.sent, "seconds": self.seconds, "goodput": self.goodput,
             "p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "outcomes": self.outcomes, "kv_usage": self.kv_usage,
+            "prefix_hits": self.prefix_hits,
         }  # fmt: skip
 
 
@@ -138,13 +141,13 @@ class Client:
             raise LoadError(f"url {self.base}: {said['error']['message']}; set HSTU_LAB_TOKEN, or wait until /ready is green")
         return said
 
-    async def kv_usage(self) -> float:
-        """Share of the paged KV cache in use, as vLLM reports it; 0 where the strategy has none."""
+    async def metrics(self, *names: str) -> list[float]:
+        """Sums over the labels of /metrics' samples of those names; 0 where there is none."""
+        lines = []
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):
             async with self.session.get(f"{self.base}/metrics") as answer:
                 lines = (await answer.text()).splitlines()
-            return max((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(KV_USAGE)), default=0.0)
-        return 0.0
+        return [sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{n} ", f"{n}{{"))) for n in names]
 
 
 async def _send(client: Client, body: dict, due: float, result: LoadResult) -> None:
@@ -158,16 +161,18 @@ async def _send(client: Client, body: dict, due: float, result: LoadResult) -> N
 async def _measured(client: Client, result: LoadResult):
     async def watch() -> None:
         while True:
-            result.kv_usage = max(result.kv_usage, await client.kv_usage())
+            result.kv_usage = max(result.kv_usage, *await client.metrics(KV_USAGE))
             await asyncio.sleep(0.25)
 
+    before = await client.metrics(PREFIX_HITS, PREFIX_QUERIES)
     start, watcher = time.monotonic(), asyncio.create_task(watch())
     try:
         yield
     finally:
         result.seconds = time.monotonic() - start
-        result.outcomes = dict(collections.Counter(result.outcomes))
         watcher.cancel()
+        hits, queries = (b - a for a, b in zip(before, await client.metrics(PREFIX_HITS, PREFIX_QUERIES)))
+        result.prefix_hits = hits / queries if queries else 0.0
 
 
 def _bounded(seconds: float, requests: float) -> None:
@@ -232,5 +237,6 @@ def line(row: dict) -> str:
     unit = "clients" if row["mode"] == "closed" else "req/s  "
     return (
         f"{row['offered']:8.4g} {unit} goodput {row['goodput']:7.1f}/s  p50 {row['p50_ms']:7.1f}  p95 {row['p95_ms']:7.1f}  "
-        f"p99 {row['p99_ms']:7.1f} ms  KV {row['kv_usage']:5.1%}  {outcomes}"
+        f"p99 {row['p99_ms']:7.1f} ms  KV {row['kv_usage']:4.1%}  "
+        f"found {row['prefix_hits']:4.0%}  {outcomes}"
     )

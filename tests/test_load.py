@@ -13,7 +13,8 @@ from hstu_lab.telemetry import Histogram
 
 ROWS = [
     {"mode": "open", "offered": rate, "sent": 100, "seconds": 2.0, "goodput": good / 2, "p50_ms": p99 / 4, "p95_ms": p99 / 2,
-     "p99_ms": p99, "outcomes": {"200": good, "429": 100 - good}, "kv_usage": 0.25}
+     "p99_ms": p99, "outcomes": {"200": good, "429": 100 - good}, "kv_usage": 0.25,
+     "prefix_hits": 0.5}
     for rate, p99, good in ((10, 20.0, 100), (20, 90.0, 100), (40, 150.0, 90), (80, 15.0, 100))
 ]  # fmt: skip
 
@@ -30,7 +31,11 @@ def serve(handler, run):
         return web.json_response({"strategy": "eager"})
 
     async def metrics(_):
-        return web.Response(text='x 3\nvllm:kv_cache_usage_perc{engine="0"} 0.375\n')
+        hits = 3 * len(got)
+        return web.Response(
+            text=f'x 3\nvllm:kv_cache_usage_perc{{engine="0"}} 0.375\nvllm:prefix_cache_hits_total{{engine="0"}} {hits}\n'
+            f'vllm:prefix_cache_queries_total{{engine="0"}} {4 * len(got)}\nvllm:prefix_cache_hits_total_more 5\n'
+        )
 
     async def every():
         application = web.Application()
@@ -91,7 +96,7 @@ def test_an_open_loop_sends_poisson_arrivals_and_counts_from_when_they_were_due(
     assert got[:10] == sample
     assert result.latency.count == result.sent
     assert result.latency.min >= 50
-    assert result.kv_usage == 0.375
+    assert (result.kv_usage, result.prefix_hits) == (0.375, 0.75)
     row = result.to_dict()
     assert row["goodput"] == pytest.approx(result.sent / result.seconds)
     assert row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"]
@@ -185,7 +190,7 @@ def test_latency_and_outcomes_are_drawn_against_the_load():
 def test_the_explorer_tells_the_chosen_load_and_the_knee():
     explorer = widgets.load_explorer(ROWS, load.knee)
     assert explorer.label.value == (
-        "10 requests/s: p99 20.0 ms, 50.0 answers/s, KV cache at most 25% full; within 100 ms up to 20 requests/s"
+        "10 requests/s: p99 20.0 ms, 50.0 answers/s, 50% of the tokens found in the cache; within 100 ms up to 20 requests/s"
     )
     before = bytes(explorer.image.value)
     explorer.controls["offered"].value, explorer.controls["limit"].value = 40, 50

@@ -69,8 +69,8 @@ def load_explorer(rows: Sequence[dict], knee, limits: Sequence[float] = (20, 50,
     def draw(offered: float, limit: float) -> tuple[str, Figure]:
         row, best = by_rate[offered], knee(rows, limit)
         text = (
-            f"{offered:.4g} requests/s: p99 {row['p99_ms']:.1f} ms, {row['goodput']:.1f} answers/s, KV cache at most "
-            f"{row['kv_usage']:.0%} full; within {limit:.0f} ms up to {best:.4g} requests/s"
+            f"{offered:.4g} requests/s: p99 {row['p99_ms']:.1f} ms, {row['goodput']:.1f} answers/s, "
+            f"{row['prefix_hits']:.0%} of the tokens found in the cache; within {limit:.0f} ms up to {best:.4g} requests/s"
         )
         return text, load_curve(rows, limit, best, offered, source)
 
