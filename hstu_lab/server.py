@@ -158,6 +158,29 @@ class CompletionIn(Strict):
     deadline_ms: Deadline | None = None
 
 
+class ErrorDetail(BaseModel):
+    type: str
+    message: str
+    param: str | None
+    code: int
+
+
+class ErrorOut(BaseModel):
+    """OpenAI's form of an error; `param` names the field where there is one."""
+
+    error: ErrorDetail
+
+
+ERRORS = {
+    401: "the token is missing or wrong",
+    413: "the body is too long",
+    422: "a field is wrong; `param` names it",
+    429: "too much is in flight; Retry-After says when to try again",
+    503: "the engine is starting, died with the request in it, or the service is stopping",
+    504: "no answer within the deadline",
+}
+
+
 def failure(status: int, kind: str, message: str, param: str | None = None, retry_after: float | None = None) -> JSONResponse:
     """An error in OpenAI's form: {"error": {"type", "message", "param", "code"}}."""
     headers = {} if retry_after is None else {"Retry-After": str(max(math.ceil(retry_after), 1))}
@@ -260,6 +283,7 @@ def make_app(options: ServerOptions, settings: dict) -> FastAPI:
     app = FastAPI(title="HSTU Lab", lifespan=lifespan)
     app.state.service = service
     needs_token = [Depends(authorised)]
+    errors = {status: {"model": ErrorOut, "description": text} for status, text in ERRORS.items()}
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -293,7 +317,7 @@ def make_app(options: ServerOptions, settings: dict) -> FastAPI:
             text += (await asyncio.wait_for(service.engine.ask("metrics"), 2))["text"]
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
-    @app.post("/recommend", response_model=RecommendOut, dependencies=needs_token)
+    @app.post("/recommend", response_model=RecommendOut, responses=errors, dependencies=needs_token)
     async def recommend(body: RecommendIn, request: Request):
         answer = await service.answer(
             request, "/recommend", "recommend", body.deadline_ms, user=body.user, task=body.task,
@@ -306,7 +330,7 @@ def make_app(options: ServerOptions, settings: dict) -> FastAPI:
     async def models() -> dict:
         return {"object": "list", "data": [{"id": "hstu", "object": "model", "owned_by": "hstu_lab"}]}
 
-    @app.post("/v1/completions", dependencies=needs_token)
+    @app.post("/v1/completions", responses=errors, dependencies=needs_token)
     async def completions(body: CompletionIn, request: Request):
         answer = await service.answer(
             request, "/v1/completions", "complete", body.deadline_ms, tokens=body.prompt, count=body.max_tokens

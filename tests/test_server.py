@@ -366,6 +366,14 @@ def test_only_loopback_without_a_token():
         ServerOptions(deadline_ms=0)
 
 
+def test_the_openapi_document_tells_every_error():
+    document = make_app(ServerOptions(), {}).openapi()
+    for path in ("/recommend", "/v1/completions"):
+        assert set(document["paths"][path]["post"]["responses"]) == {"200", "401", "413", "422", "429", "503", "504"}
+    detail = document["components"]["schemas"]["ErrorDetail"]["properties"]
+    assert set(detail) == {"type", "message", "param", "code"}
+
+
 def test_a_start_that_cannot_work_is_one_line(capsys, tmp_path, monkeypatch):
     monkeypatch.delenv("HSTU_LAB_TOKEN", raising=False)
     assert main(["serve", "--host", "0.0.0.0"]) == 2
