@@ -56,10 +56,10 @@ class Served:
 
 
 @contextlib.contextmanager
-def running(checkpoint, *arguments, strategy="eager", token=TOKEN):
+def running(checkpoint, *arguments, strategy="eager", token=TOKEN, environment=None):
     """A server; stopped by SIGTERM, and by SIGKILL if that does not help."""
     command = [sys.executable, "-m", "hstu_lab", "serve", "--checkpoint", str(checkpoint), "--strategy", strategy, "--port", "0"]
-    environment = os.environ | ({"HSTU_LAB_TOKEN": token} if token else {})
+    environment = os.environ | (environment or {}) | ({"HSTU_LAB_TOKEN": token} if token else {})
     process = subprocess.Popen([*command, *map(str, arguments)], stdout=subprocess.PIPE, text=True, env=environment)
     try:
         line = process.stdout.readline()

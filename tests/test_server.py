@@ -288,23 +288,40 @@ def send_and_leave(server, body):
         time.sleep(0.02)
 
 
-def stopped(pid, seconds):
-    """Keeps a process from running for a while, in a thread."""
+@contextlib.contextmanager
+def frozen(pid):
+    """A process that does not run meanwhile."""
     os.kill(pid, signal.SIGSTOP)
-    timer = threading.Timer(seconds, os.kill, (pid, signal.SIGCONT))
-    timer.start()
-    return timer
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def in_background(server, bodies):
+    """The requests on their way, and the list that their answers will be in once the thread ends."""
+    answers = []
+    thread = threading.Thread(target=lambda: answers.extend(together(server, bodies)))
+    thread.start()
+    until(lambda: server.metric("hstu_in_flight") == len(bodies))
+    return thread, answers
 
 
 def test_a_client_that_leaves_is_noticed_while_the_engine_works(served, body):
     before = served.metric("hstu_http_requests_total", outcome="disconnected")
-    timer = stopped(served.wait_ready()["pid"], 1.0)
-    for _ in range(3):
-        send_and_leave(served, body)
-    time.sleep(0.3)
-    assert served.metric("hstu_in_flight") == 0, "their places are free although the engine has not answered"
-    timer.join()
-    assert served.metric("hstu_http_requests_total", outcome="disconnected") == before + 3
+    with frozen(served.wait_ready()["pid"]):
+        for _ in range(3):
+            send_and_leave(served, body | {"deadline_ms": 60_000})
+        until(lambda: served.metric("hstu_http_requests_total", outcome="disconnected") == before + 3)
+        assert served.metric("hstu_in_flight") == 0, "their places are free although the engine has not answered"
 
 
 # ---- the engine dies, the server stops
@@ -312,14 +329,9 @@ def test_a_client_that_leaves_is_noticed_while_the_engine_works(served, body):
 
 def test_a_killed_engine_is_told_and_comes_back(served, body):
     pid = served.wait_ready()["pid"]
-    os.kill(pid, signal.SIGSTOP)  # so that the requests are in it when it dies
-    waiting = []
-    thread = threading.Thread(target=lambda: waiting.extend(together(served, [body] * 3)))
-    thread.start()
-    end = time.monotonic() + 10
-    while served.metric("hstu_in_flight") < 3 and time.monotonic() < end:
-        time.sleep(0.02)
-    os.kill(pid, signal.SIGKILL)
+    with frozen(pid):  # so that the requests are in it when it dies
+        thread, waiting = in_background(served, [body | {"deadline_ms": 60_000}] * 3)
+        os.kill(pid, signal.SIGKILL)
     thread.join()
     assert [status for status, _, _ in waiting] == [503] * 3
     assert "killed by SIGKILL" in waiting[0][2]["error"]["message"]
@@ -335,17 +347,12 @@ def test_a_killed_engine_is_told_and_comes_back(served, body):
 def test_sigterm_answers_what_was_accepted_and_then_ends(tiny_checkpoint, body):
     with running(tiny_checkpoint) as server:
         pid = server.wait_ready()["pid"]
-        timer = stopped(pid, 1.5)
-        waiting = []
-        thread = threading.Thread(target=lambda: waiting.extend(together(server, [body] * 5)))
-        thread.start()
-        while server.metric("hstu_in_flight") < 5:
-            time.sleep(0.02)
-        server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
-        with pytest.raises(OSError, match=r"refused|reset"):
-            server.call("/ready")
-        timer.join()
+        with frozen(pid):
+            thread, waiting = in_background(server, [body | {"deadline_ms": 60_000}] * 5)
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            with pytest.raises(OSError, match=r"refused|reset"):
+                server.call("/ready")
         thread.join()
         assert [status for status, _, _ in waiting] == [200] * 5
         assert server.process.wait(15) == 0
