@@ -14,6 +14,7 @@ import hmac
 import ipaddress
 import logging
 import math
+import signal
 import time
 from typing import Annotated, Literal
 
@@ -380,7 +381,7 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame) -> None:
         self.config.app.state.service.draining = True
-        self.force_exit = self.should_exit  # a second signal does not wait; and none is raised again when all is done
+        self.force_exit = self.should_exit and sig == signal.SIGINT  # a second Ctrl-C does not wait
         self.should_exit = True
 
 
@@ -389,6 +390,7 @@ def serve(options: ServerOptions, settings: dict) -> int:
     config = uvicorn.Config(
         make_app(options, settings), host=options.host, port=options.port, log_level="warning", access_log=False,
         timeout_graceful_shutdown=options.drain_seconds, lifespan="on", timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        loop="asyncio",  # uvloop leaves the closed port listening while requests drain: new clients would hang
     )  # fmt: skip
     try:
         sockets = [config.bind_socket()]
