@@ -1,4 +1,4 @@
-"""The command line: python -m hstu_lab recommend | benchmark | doctor | train | export."""
+"""The command line: python -m hstu_lab recommend | benchmark | serve | load | doctor | train | export."""
 
 from __future__ import annotations
 
@@ -68,6 +68,33 @@ def _parser() -> argparse.ArgumentParser:
     benchmark = commands.add_parser("benchmark", parents=[common, serving], help="latency and throughput, with agreement")
     benchmark.add_argument("--mode", choices=modes, default="benchmark")
     benchmark.set_defaults(run=_recommend)
+
+    serve = commands.add_parser("serve", parents=[common], help="answer over HTTP, the engine in a supervised process of its own")
+    serve.add_argument("--checkpoint", metavar="FOLDER", help="default: the shipped one")
+    serve.add_argument(
+        "--strategy", choices=("auto", "eager", "onnx", "vllm", "tensorrt", "unified"), help="auto: vllm if it is here"
+    )
+    serve.add_argument("--ops", choices=("reference", "triton"), help="operators of the PyTorch and vLLM stages")
+    serve.add_argument("--host", default="127.0.0.1", help="another than loopback needs a token")
+    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    serve.add_argument("--token-file", metavar="FILE", help="file with the bearer token (default: HSTU_LAB_TOKEN, where set)")
+    serve.add_argument("--max-in-flight", type=_positive, default=64, help="more requests than that get 429 (default: 64)")
+    serve.add_argument("--deadline-ms", type=_positive, default=5000, help="of requests that name none (default: 5000)")
+    serve.set_defaults(run=_serve)
+
+    load = commands.add_parser(
+        "load", parents=[common], help="send the log's visits to a service here; p50/p95/p99, goodput, the knee"
+    )
+    load.add_argument("--url", default="http://127.0.0.1:8000", help="loopback only; HSTU_LAB_TOKEN is sent along")
+    load.add_argument("--events", metavar="FILE", help="the log whose visits are sent (default: the sample)")
+    load.add_argument("--task", choices=("topk", "slate"))
+    load.add_argument("--rates", default="5,10,20,40,80", help="requests/s of the open loop, one run each")
+    load.add_argument("--clients", type=_positive, metavar="N", help="a closed loop of N clients instead")
+    load.add_argument("--seconds", type=float, default=5.0, help="of each run (default: 5)")
+    load.add_argument("--limit-ms", type=float, default=200.0, help="p99 that the knee must keep (default: 200)")
+    load.add_argument("--record", metavar="NAME", help="write data/measured/DEVICE/NAME.json and figures/NAME.png")
+    load.add_argument("--note", metavar="TEXT", help="what else a reader of the record must know")
+    load.set_defaults(run=_load)
 
     doctor = commands.add_parser("doctor", parents=[common], help="what this machine can run")
     doctor.add_argument("--deep", action="store_true", help="import every engine instead of only looking for it")
@@ -229,6 +256,76 @@ def _measure(recommender, histories, settings, options: argparse.Namespace) -> i
 
 
 # ---- the other commands
+
+
+def _serve(options: argparse.Namespace) -> int:
+    settings = _settings(options)
+    from hstu_lab.server import ServerError, ServerOptions, serve
+
+    token = os.environ.get("HSTU_LAB_TOKEN") or None
+    if options.token_file:
+        token = pathlib.Path(options.token_file).read_text().strip()
+        if not token:
+            raise ServerError(f"--token-file {options.token_file} is empty: write the token into it")
+    where = ServerOptions(options.host, options.port, token, options.max_in_flight, options.deadline_ms)
+    return serve(where, settings.model_dump(mode="json", exclude_none=True))
+
+
+def _load(options: argparse.Namespace) -> int:
+    import asyncio
+
+    settings = _settings(options)
+    from hstu_lab import events, load
+    from hstu_lab.pipeline import SAMPLE
+
+    try:
+        rates = [float(rate) for rate in options.rates.split(",")]
+    except ValueError as error:
+        raise load.LoadError(f"--rates {options.rates}: give numbers with commas between them") from error
+    log = events.read_events(settings.events or SAMPLE)
+    sample = load.bodies(log, 2000, task=settings.task, deadline_ms=5000)
+
+    async def run() -> tuple[dict, list[dict]]:
+        async with load.Client(options.url, os.environ.get("HSTU_LAB_TOKEN")) as client:
+            service = await client.check()
+            if options.clients:
+                return service, [(await load.closed_loop(client, sample, options.clients, options.seconds)).to_dict()]
+            return service, await load.sweep(
+                client, sample, rates, options.seconds, report=(lambda _: None) if options.json else print
+            )
+
+    service, rows = asyncio.run(run())
+    if options.clients and not options.json:
+        print(load.line(rows[0]))
+    best = load.knee(rows, options.limit_ms)
+    if options.json:
+        print(json.dumps({"rows": rows, "knee": best}))
+    elif not options.clients:
+        print(f"the knee: {best:.4g} requests/s with p99 within {options.limit_ms:.0f} ms, measured here")
+    if options.record:
+        _record_load(options, service, rows, best, sample, settings.task)
+    return 0
+
+
+def _record_load(
+    options: argparse.Namespace, service: dict, rows: list[dict], best: float, sample: list[dict], task: str
+) -> None:
+    from hstu_lab.benchmark import FIGURES
+    from hstu_lab.measure import Record, write_record
+    from hstu_lab.widgets import load_curve
+
+    lengths, users = [len(body["events"]) for body in sample], len({body["user"] for body in sample})
+    note = (
+        f"{task} by {service['strategy']}, preset {service['preset']}, client and service on one machine; {len(sample)} visits "
+        f"of {users} users in the log's order, {min(lengths)} to {max(lengths)} events"
+    )
+    note += f"; {options.note}" if options.note else ""
+    data = {"rows": rows, "service": service, "limit_ms": options.limit_ms, "knee": best}
+    record = Record.here(options.record, data=data, note=note)
+    print(f"wrote {write_record(record)}")
+    path = FIGURES / f"{options.record}.png"
+    load_curve(rows, options.limit_ms, best, source=record.label).savefig(path, dpi=120, metadata={"Software": None})
+    print(f"wrote {path}")
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -372,6 +372,51 @@ def _tightest_profile(answer):
     expect(answer([from_two], {"batch": 1, "length": 10}) is None, "the least size counts too: batch 1 is below 2")
 
 
+# 08_paged_kv
+
+
+@register("full-hit-prefix")
+def _full_hit_prefix(answer):
+    tokens = list(range(100, 140))
+    cached = {tuple(tokens[:end]) for end in range(4, 41, 4)}
+    expect(answer(tokens, set(), 4, "topk") == 0, "nothing is cached: nothing is reused")
+    expect(answer(tokens[:39], cached, 4, "topk") == 36, "39 tokens begin with 9 whole cached blocks of 4")
+    expect(answer(tokens[:10], cached, 4, "slate") == 8, "the third block is not full: 8 tokens are reused")
+    expect(
+        answer(tokens, cached, 4, "topk") == 36,
+        "everything is cached, but an item is chosen from the last token's hidden state: its block is computed",
+    )
+    expect(answer(tokens[:4], cached, 4, "slate") == 0, "one block, and the last token is in it: it is computed")
+    expect(answer(tokens, cached, 4, "score") == 40, "candidates read keys and values only: all of the history is reused")
+    expect(answer(tokens[:39], cached, 4, "score") == 36, "whole blocks only, for candidates too")
+    hole = cached - {tuple(tokens[:8])}
+    expect(answer(tokens, hole, 4, "score") == 4, "the second block was evicted: what follows it cannot be reused")
+    other = [7, *tokens[1:]]
+    expect(answer(other, cached, 4, "topk") == 0, "another first token: no block has the same beginning")
+
+
+@register("copy-on-write")
+def _copy_on_write(answer):
+    references = {3: 1, 5: 2, 8: 3}
+    expect(answer([], references, 0, 5, 4) == 2, "5 tokens take 2 blocks of 4")
+    expect(answer([3], references, 4, 1, 4) == 1, "the table's one block is full: a new one")
+    expect(answer([3], references, 2, 2, 4) == 0, "the two fit into block 3, which nobody else holds")
+    expect(answer([3, 5], references, 6, 1, 4) == 1, "block 5 is half full and held twice: its copy takes a block")
+    expect(answer([3, 5], references, 6, 3, 4) == 2, "a copy of block 5 and a new block for the third token")
+    expect(answer([5, 3], references, 6, 1, 4) == 0, "block 5 is full and only read: no copy")
+    expect(answer([5], references, 4, 1, 4) == 1, "the next token begins a block of its own: block 5 stays as it is")
+    expect(answer([3, 8], references, 6, 0, 4) == 0, "no token, no block")
+
+
+@register("m-falcon")
+def _m_falcon(answer):
+    expect(answer(200, 512, 64, True) == 712, "the history once, and every candidate")
+    expect(answer(200, 512, 64, False) == 2112, "8 micro-batches of 200 + 64")
+    expect(answer(200, 65, 64, False) == 465, "65 candidates are two micro-batches")
+    expect(answer(200, 65, 64, True) == 265, "two micro-batches, one history")
+    expect(answer(200, 0, 64, True) == answer(200, 0, 64, False) == 0, "no candidates: nothing to compute")
+
+
 # 09_vllm_serving
 
 

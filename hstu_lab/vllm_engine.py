@@ -154,6 +154,7 @@ class Engine:
         self._wake = threading.Condition()
         self._incoming: list[tuple[str, dict, object, concurrent.futures.Future]] = []
         self._waiting: dict[str, concurrent.futures.Future] = {}
+        self._aborted: set[str] = set()
         self._closed = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="vllm-engine", daemon=True)
@@ -253,7 +254,13 @@ class Engine:
                 if self._closed:
                     break
                 incoming, self._incoming = self._incoming, []
+                aborted, self._aborted = self._aborted, set()
             try:
+                incoming = [entry for entry in incoming if entry[0] not in aborted]
+                if gone := [request_id for request_id in aborted if self._waiting.pop(request_id, None)]:
+                    self.engine.abort_request(gone)
+                if not (incoming or self._waiting):
+                    continue
                 for request_id, body, params, future in incoming:
                     self._add(request_id, body, params, future)
                 with _STEP:
@@ -280,6 +287,11 @@ class Engine:
             future.set_exception(EngineError(f"vLLM refused the request: {error}"))
         else:
             self._waiting[request_id] = future
+
+    def abort(self, request_ids: set[str]) -> None:
+        """Stop working on the requests that vLLM knows by these ids and free their blocks; their futures stay unanswered."""
+        with self._wake:
+            self._aborted |= request_ids
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix; call it while no request is running."""

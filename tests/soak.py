@@ -1,7 +1,10 @@
-"""`make soak`: serves the sample's users in a loop, all strategies and both tasks in turn, and watches memory and answers.
+"""`make soak`: trouble for the service in the first half of the time, then all strategies in a loop in this process.
 
-Ends with status 1 if an answer ever differs from the first one for the same user, or if memory grew after the warm-up
-(the first quarter of the time) by more than 5 % and 64 MiB. Only this process, only this machine, only for --minutes.
+The service is killed (kill -9 of its engine), overloaded ten times, sent malformed bodies, histories beyond the limit and
+deadlines that expire, and left by its clients; every request must end in an answer or a named error (`soak_service.py`).
+The loop serves the sample's users by all strategies and both tasks in turn. Ends with status 1 if anything is lost, if an
+answer ever differs from the first one for the same user, or if memory grew after the warm-up by more than 5 % and 64 MiB.
+Only this machine, only for --minutes.
 """
 
 import argparse
@@ -11,8 +14,10 @@ import random
 import sys
 import time
 
+import soak_service
+
 from hstu_lab import events
-from hstu_lab.pipeline import SAMPLE, TASK_NAMES, Recommender
+from hstu_lab.pipeline import SAMPLE, SHIPPED_CHECKPOINT, TASK_NAMES, Recommender
 from hstu_lab.telemetry import Histogram
 
 
@@ -22,12 +27,32 @@ def main() -> int:
     parser.add_argument("--users", type=int, default=64)
     parser.add_argument("--checkpoint", help="default: the shipped one")
     parser.add_argument("--strategy", action="append", help="may be repeated; default: all that can run here")
+    parser.add_argument("--only", choices=("service", "strategies"), help="spend all of the time on one half")
     options = parser.parse_args()
+    share, status = (1 if options.only else 2), 0
+    if options.only != "strategies":
+        status = trouble(options, options.minutes * 60 / share)
+    if options.only == "service":
+        return status
     with Recommender(options.checkpoint) as recommender:
         catalog = events.Catalog.load(recommender.checkpoint / "catalog.json")
         log = events.read_events(SAMPLE, catalog)
         histories = [log.history(i) for i in range(min(options.users, len(log)))]
-        return soak(recommender, histories, options.strategy or recommender.available(), options.minutes * 60)
+        strategies = options.strategy or recommender.available()
+        return soak(recommender, histories, strategies, options.minutes * 60 / share) or status
+
+
+def trouble(options: argparse.Namespace, seconds: float) -> int:
+    """Exit status of the service's half; its account is printed."""
+    checkpoint = pathlib.Path(options.checkpoint or SHIPPED_CHECKPOINT)
+    log = events.read_events(SAMPLE, events.Catalog.load(checkpoint / "catalog.json"))
+    account = soak_service.soak(
+        checkpoint, log, seconds, kills=max(int(seconds // 100), 1), report=lambda text: print(text, flush=True)
+    )
+    print(f"service: {account.requests} requests, {len(account.faults)} faults\n{account}", flush=True)
+    for fault in account.faults[:20]:
+        print(fault, file=sys.stderr)
+    return 1 if account.faults else 0
 
 
 def soak(recommender: Recommender, histories: list, strategies: list[str], seconds: float) -> int:

@@ -39,7 +39,18 @@ from hstu_lab.widgets.layouts import (
     step_waterfall,
     tensor_share,
 )
+from hstu_lab.widgets.load import OUTCOMES, load_curve, load_explorer, outcome_rates
 from hstu_lab.widgets.model import attention_explorer, attention_weights, matrices, quality_bars
+from hstu_lab.widgets.paging import (
+    ACTIVITIES,
+    Frame,
+    block_map,
+    paging_explorer,
+    request_colour,
+    schedule_explorer,
+    scheduler_timeline,
+    watch,
+)
 from hstu_lab.widgets.roofline import BOUND_COLOURS, against, prediction_bars, roofline_explorer, roofline_plot, wave_plot
 from hstu_lab.widgets.serving import DECODE, EMPTY, PREFILL, WAITING, kv_blocks, kv_explorer, kv_pool, prefix_reuse, serving_steps
 from hstu_lab.widgets.tables import PART_COLOURS, parameter_bars, parameter_explorer, parameter_parts, taste_drift

@@ -1,0 +1,61 @@
+"""The supervisor tells why there is no engine, notices one that hangs, and leaves no process behind."""
+
+import asyncio
+import os
+import signal
+import time
+
+import pytest
+
+from hstu_lab.engine_process import EngineProcess, EngineRefused, EngineUnavailable
+
+BODY = {"user": "u1", "task": "topk", "items": ["i1", "i2"], "actions": [1, 2], "timestamps": [10, 20]}
+
+
+def gone(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_an_engine_that_cannot_start_says_why_and_is_tried_again(tmp_path):
+    async def run():
+        async with EngineProcess({"strategy": "eager", "checkpoint": str(tmp_path)}) as engine:
+            with pytest.raises(EngineUnavailable, match="is starting"):
+                await engine.ask("recommend", **BODY)
+            while engine.restarts < 1:
+                await asyncio.sleep(0.05)
+            assert engine.ready is None
+            return engine.last_failure
+
+    failure = asyncio.run(run())
+    assert failure.startswith("CheckpointError")
+    assert str(tmp_path) in failure
+
+
+def test_one_that_hangs_is_killed_and_one_that_answers_is_closed(tiny_checkpoint):
+    async def run():
+        settings = {"strategy": "eager", "checkpoint": str(tiny_checkpoint)}
+        async with EngineProcess(settings, hang_seconds=3) as engine:
+            await asyncio.wait_for(engine.wait_ready(), 100)
+            first = engine.pid
+            assert len((await engine.ask("recommend", **BODY))["items"]) == 10
+            with pytest.raises(EngineRefused, match="action 99 is unknown"):
+                await engine.ask("recommend", **BODY | {"actions": [1, 99]})
+            os.kill(first, signal.SIGSTOP)
+            waiting = asyncio.create_task(engine.ask("recommend", **BODY))
+            started = time.monotonic()
+            with pytest.raises(EngineUnavailable, match="no sign of life for 3 s"):
+                await waiting
+            assert time.monotonic() - started < 30
+            assert engine.pending == 0
+            assert gone(first)
+            while engine.pid is None:
+                await asyncio.sleep(0.05)
+            return first, engine.pid
+
+    first, second = asyncio.run(run())
+    assert first != second
+    assert gone(second)
