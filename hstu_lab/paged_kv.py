@@ -187,8 +187,8 @@ class _Step(KVCache):
     """The pool as one step's requests see it: their block tables and how much of each is cached."""
 
     def __init__(self, pool: PagedEngine, requests: list[Request]):
-        self.keys, self.values, self.times = pool.keys, pool.values, pool.times
-        self.block_size, self.max_seq_len = pool.manager.block_size, pool.model.config.max_seq_len
+        self.keys, self.values, self.times, self.block_size = pool.keys, pool.values, pool.times, pool.manager.block_size
+        self.max_seq_len, self.at_most = pool.model.config.max_seq_len, max(request.computed for request in requests)
         tables = [torch.tensor(request.blocks, device=pool.times.device) for request in requests]
         self.block_table = torch.nn.utils.rnn.pad_sequence(tables, batch_first=True)
         self.seq_lens = torch.tensor([request.computed for request in requests], device=pool.times.device)
