@@ -31,7 +31,7 @@ setup: $(READY) ## only set .venv up
 demo: $(READY) ## ten recommendations for one user, through the whole line (sets .venv up first)
 	@$(PY) -m hstu_lab recommend --strategy unified $(ARGS)
 
-test: $(TESTABLE) ## style, unit tests, every notebook, widgets in a browser; test-STEP runs one of unit, notebooks, browser, style
+test: $(TESTABLE) ## style, kernels, unit tests, every notebook, widgets in a browser; test-STEP runs one of style, kernels, unit, notebooks, browser
 	@$(PY) tests/run.py
 
 test-%: $(TESTABLE)
@@ -43,7 +43,7 @@ lab: $(READY) ## JupyterLab on the first notebook
 train: $(READY) ## train the small preset on the synthetic world for five minutes
 	@$(PY) -m hstu_lab train $(ARGS)
 
-soak: $(READY) ## serve in a loop for ten minutes, watching memory, latency and answers
+soak: $(READY) ## trouble for the service, then every strategy in a loop: ten minutes, watching memory, latency and answers
 	@$(PY) tests/soak.py $(ARGS)
 
 lock: $(READY) ## resolve requirements/*.in into the locks again (UPGRADE=1: newest versions)

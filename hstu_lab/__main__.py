@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--strategy", choices=("auto", "eager", "onnx", "vllm", "tensorrt", "unified"), help="auto: vllm if it is here"
     )
-    serve.add_argument("--ops", choices=("reference", "triton"), help="operators of the PyTorch and vLLM stages")
+    serve.add_argument("--ops", choices=("reference", "triton", "cutlass"), help="operators of the PyTorch and vLLM stages")
     serve.add_argument("--host", default="127.0.0.1", help="another than loopback needs a token")
     serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     serve.add_argument("--token-file", metavar="FILE", help="file with the bearer token (default: HSTU_LAB_TOKEN, where set)")
