@@ -205,7 +205,7 @@ def step_waterfall(steps: Mapping[str, float], floor: float, title: str = "", so
         axes.axvline(1e3 * floor, color="#444444", linewidth=1.5)
         axes.set_yticks(range(len(names)), names)
         axes.set(
-            ylim=(len(names) - 0.4, -0.6), xlim=(0, 1e3 * max(seconds) * 1.9), xlabel="ms; dark line: the roofline", title=title
+            ylim=(len(names) - 0.4, -0.6), xlim=(0, 1e3 * max(seconds) * 2.1), xlabel="ms; dark line: the roofline", title=title
         )
         axes.grid(axis="y", visible=False)
         source_line(figure, source)
