@@ -37,6 +37,15 @@ def test_no_compiler_names_the_remedy(no_nvcc, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_no_host_compiler_names_the_remedy(monkeypatch, tmp_path):
+    found = shutil.which
+    monkeypatch.delenv("NVCC_CCBIN", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name, *args, **kwargs: None if name == "g++" else found(name, *args, **kwargs))
+    with pytest.raises(build.ToolchainMissing, match=r"apt-get install g\+\+"):
+        build.build(KERNELS[SM80], folder=tmp_path)
+    assert not list(tmp_path.glob("*.so"))
+
+
 def test_a_compiler_on_the_path_serves(monkeypatch, tmp_path):
     found = tmp_path / "nvcc"
     found.write_text("#!/bin/sh\n")

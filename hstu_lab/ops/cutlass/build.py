@@ -198,6 +198,8 @@ def build_all(
 
 
 def _compile(config: LinearConfig, dtype: str, residual: bool, library: pathlib.Path, report: pathlib.Path) -> None:
+    if not (shutil.which("g++") or os.environ.get("NVCC_CCBIN")):
+        raise ToolchainMissing("nvcc needs a C++ compiler beside it: sudo apt-get install g++, or name one in NVCC_CCBIN")
     shape = "x".join(map(str, config.tile))
     name = f"nvcc sm_{config.capability}: {'residual' if residual else 'SiLU'} projection, {shape}, {dtype}"
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
