@@ -11,13 +11,11 @@ import argparse
 import copy
 import functools
 import itertools
-import os
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 
 import torch
@@ -26,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hstu_lab import measure
-from hstu_lab.kernel_bench import ceilings, launch_ptx
+from hstu_lab.kernel_bench import ceilings, gpu_tests, launch_ptx
 from hstu_lab.model import HSTULayer
 from hstu_lab.ops import cutlass_ops, dispatch, reference, triton_ops
 from hstu_lab.ops.cute_attention import GROUP
@@ -400,31 +398,8 @@ def small_case(kernel: str) -> None:
 
 
 def tests_part(record: measure.Record) -> None:
-    """Run the GPU tests of the kernels and keep what passed and failed."""
-    report = pathlib.Path("gpu-tests.xml").absolute()
-    files = [f"tests/{name}.py" for name in ("test_cutlass", "test_cute", "test_cutlass_ops")]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-        "--noconftest",
-        f"--junitxml={report}",
-    ]
-    command += ["-n", str(min(6, os.cpu_count() or 1))]
-    subprocess.run([*command, *files], check=False)
-    outcome: dict[str, list[str]] = {"passed": [], "failed": []}
-    for case in ElementTree.parse(report).getroot().iter("testcase"):
-        if case.find("skipped") is None:
-            bad = case.find("failure") is not None or case.find("error") is not None
-            outcome["failed" if bad else "passed"].append(f"{case.get('classname')}::{case.get('name')}")
-    report.unlink()
-    record.data["tests"] = outcome
-    print(f"GPU tests: {len(outcome['passed'])} passed, {len(outcome['failed'])} failed {outcome['failed']}")
+    """The GPU tests of these kernels."""
+    gpu_tests(record, [f"tests/{name}.py" for name in ("test_cutlass", "test_cute", "test_cutlass_ops")], workers=6)
 
 
 PARTS = {

@@ -398,12 +398,11 @@ def launch_ptx(kernel: triton_compile.CompiledKernel, grid: tuple[int, ...], val
     call("cuModuleUnload", module)
 
 
-def tests(record: measure.Record) -> None:
-    """Run the GPU tests of the kernels and keep what passed and failed."""
+def gpu_tests(record: measure.Record, files: list[str], workers: int) -> None:
+    """Run the tests marked `gpu` in `files` and keep in the record what passed and failed."""
     report = pathlib.Path("gpu-tests.xml").absolute()
-    files = [*sorted(map(str, pathlib.Path("tests").glob("test_triton_*.py"))), "tests/test_measure.py"]
     command = [sys.executable, *f"-m pytest -q -m gpu -p no:cacheprovider --noconftest --junitxml={report}".split()]
-    command += ["-n", str(min(14, os.cpu_count() or 1))]  # compiling is most of the work
+    command += ["-n", str(min(workers, os.cpu_count() or 1))]  # compiling is most of the work
     subprocess.run([*command, *files], check=False)
     outcome: dict[str, list[str]] = {"passed": [], "failed": []}
     for case in ElementTree.parse(report).getroot().iter("testcase"):
@@ -413,6 +412,11 @@ def tests(record: measure.Record) -> None:
     report.unlink()
     record.data["tests"] = outcome
     print(f"GPU tests: {len(outcome['passed'])} passed, {len(outcome['failed'])} failed {outcome['failed']}")
+
+
+def tests(record: measure.Record) -> None:
+    """The GPU tests of these kernels and of the clock."""
+    gpu_tests(record, [*sorted(map(str, pathlib.Path("tests").glob("test_triton_*.py"))), "tests/test_measure.py"], workers=14)
 
 
 PARTS = {

@@ -1,0 +1,39 @@
+"""The benchmark keeps in its record which GPU tests passed and which did not."""
+
+import pathlib
+
+import pytest
+from triton_cases import GPU  # noqa: F401 - first: it decides whether Triton's kernels are interpreted
+
+from hstu_lab import kernel_bench, measure
+
+REPORT = """<testsuites><testsuite>
+<testcase classname="tests.a" name="good"/>
+<testcase classname="tests.a" name="wrong"><failure message="no"/></testcase>
+<testcase classname="tests.a" name="broken"><error message="no"/></testcase>
+<testcase classname="tests.a" name="left out"><skipped/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_passed_and_failed_are_told_apart(monkeypatch, tmp_path):
+    def run(command, check):
+        assert command[-1] == "tests/test_a.py"
+        assert command[command.index("-m", 3) + 1] == "gpu"
+        (report,) = (word.removeprefix("--junitxml=") for word in command if word.startswith("--junitxml="))
+        pathlib.Path(report).write_text(REPORT)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(kernel_bench.subprocess, "run", run)
+    record = measure.Record.here("x", command="python -m x")
+    kernel_bench.gpu_tests(record, ["tests/test_a.py"], workers=2)
+    assert record.data["tests"] == {"passed": ["tests.a::good"], "failed": ["tests.a::wrong", "tests.a::broken"]}
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_a_report_is_no_success(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(kernel_bench.subprocess, "run", lambda command, check: None)
+    record = measure.Record.here("x", command="python -m x")
+    with pytest.raises(FileNotFoundError):
+        kernel_bench.gpu_tests(record, ["tests/test_a.py"], workers=2)
+    assert "tests" not in record.data
