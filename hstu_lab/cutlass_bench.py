@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hstu_lab import measure
-from hstu_lab.kernel_bench import ceilings, gpu_tests, launch_ptx
+from hstu_lab.kernel_bench import ceilings, gpu_tests, launch_ptx, run_parts
 from hstu_lab.model import HSTULayer
 from hstu_lab.ops import cutlass_ops, dispatch, reference, triton_ops
 from hstu_lab.ops.cute_attention import GROUP
@@ -424,15 +424,7 @@ def main() -> None:
         parser.error(f"unknown part {unknown.pop()!r}: use some of {', '.join(PARTS)}")
     if arguments.case:
         return small_case(arguments.case)
-    records: dict[str, measure.Record] = {}
-    for part in arguments.parts or PARTS:
-        name, run = PARTS[part]
-        record = records.setdefault(name, measure.Record.here(name, command=DEVICE_COMMAND))
-        print(f"--- {part}", flush=True)
-        with torch.no_grad():
-            run(record)
-        torch.cuda.empty_cache()
-        measure.write_record(record, arguments.out)
+    run_parts({part: PARTS[part] for part in arguments.parts or PARTS}, DEVICE_COMMAND, arguments.out)
 
 
 if __name__ == "__main__":

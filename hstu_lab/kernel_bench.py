@@ -16,6 +16,7 @@ import pathlib
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -431,6 +432,18 @@ PARTS = {
 }
 
 
+def run_parts(parts: dict[str, tuple[str, Callable]], command: str, out: pathlib.Path | None) -> None:
+    """Run {part: (name of its record, function of the record)}; a record is written after each of its parts."""
+    records: dict[str, measure.Record] = {}
+    for part, (name, run) in parts.items():
+        record = records.setdefault(name, measure.Record.here(name, command=command))
+        print(f"--- {part}", flush=True)
+        with torch.no_grad():
+            run(record)
+        torch.cuda.empty_cache()
+        measure.write_record(record, out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="part", help=f"some of {', '.join(PARTS)}; default: all")
@@ -438,15 +451,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"unknown part {unknown.pop()!r}: use some of {', '.join(PARTS)}")
-    records: dict[str, measure.Record] = {}
-    for part in arguments.parts or PARTS:
-        name, run = PARTS[part]
-        record = records.setdefault(name, measure.Record.here(name, command="python -m hstu_lab.kernel_bench"))
-        print(f"--- {part}", flush=True)
-        with torch.no_grad():
-            run(record)
-        torch.cuda.empty_cache()
-        measure.write_record(record, arguments.out)
+    run_parts({part: PARTS[part] for part in arguments.parts or PARTS}, "python -m hstu_lab.kernel_bench", arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The benchmark keeps in its record which GPU tests passed and which did not."""
 
+import json
 import pathlib
 
 import pytest
@@ -37,3 +38,13 @@ def test_a_run_without_a_report_is_no_success(monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError):
         kernel_bench.gpu_tests(record, ["tests/test_a.py"], workers=2)
     assert "tests" not in record.data
+
+
+def test_parts_of_one_record_are_kept_together(tmp_path):
+    def part(number):
+        return lambda record: record.data.setdefault("parts", []).append(number)
+
+    kernel_bench.run_parts({"a": ("one", part(1)), "b": ("one", part(2)), "c": ("two", part(3))}, "python -m x", tmp_path)
+    written = {path.stem: json.loads(path.read_text()) for path in tmp_path.rglob("*.json")}
+    assert {name: record["data"]["parts"] for name, record in written.items()} == {"one": [1, 2], "two": [3]}
+    assert {record["command"] for record in written.values()} == {"python -m x"}
