@@ -13,7 +13,6 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 # Threads that spin while they wait make small operators several times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-PRECISIONS = ("fp32", "fp16", "int8")
 DEFAULT_USERS = {"batch": None, "benchmark": 64, "comprehensive": 32}
 
 
@@ -40,6 +39,9 @@ def _is_ours(error: Exception) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from hstu_lab.ops import BACKENDS
+    from hstu_lab.settings import PRECISIONS, STRATEGIES, TASK_NAMES
+
     parser = argparse.ArgumentParser(prog="python -m hstu_lab", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -54,9 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument("--checkpoint", metavar="FOLDER", help="default: the newest one trained on the items of --events")
     serving.add_argument("--user", metavar="ID", help="default: the first user of the events")
     serving.add_argument("--users", type=_positive, metavar="N", help="how many users (modes batch, benchmark, comprehensive)")
-    serving.add_argument("--task", choices=("topk", "slate"))
-    serving.add_argument("--strategy", choices=("auto", "eager", "onnx", "vllm", "tensorrt", "unified"))
-    serving.add_argument("--ops", choices=("reference", "triton", "cutlass"), help="operators of the PyTorch and vLLM stages")
+    serving.add_argument("--task", choices=TASK_NAMES)
+    serving.add_argument("--strategy", choices=("auto", *STRATEGIES))
+    serving.add_argument("--ops", choices=tuple(BACKENDS), help="operators of the PyTorch and vLLM stages")
     serving.add_argument("--precision", choices=PRECISIONS, help="of the ONNX Runtime and TensorRT stages (default: fp32)")
     serving.add_argument("--batch-size", type=_positive, metavar="N")
     serving.add_argument("--reject-file", metavar="FILE", help="where bad rows go (mode batch: beside the events)")
@@ -71,10 +73,8 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser("serve", parents=[common], help="answer over HTTP, the engine in a supervised process of its own")
     serve.add_argument("--checkpoint", metavar="FOLDER", help="default: the shipped one")
-    serve.add_argument(
-        "--strategy", choices=("auto", "eager", "onnx", "vllm", "tensorrt", "unified"), help="auto: vllm if it is here"
-    )
-    serve.add_argument("--ops", choices=("reference", "triton", "cutlass"), help="operators of the PyTorch and vLLM stages")
+    serve.add_argument("--strategy", choices=("auto", *STRATEGIES), help="auto: vllm if it is here")
+    serve.add_argument("--ops", choices=tuple(BACKENDS), help="operators of the PyTorch and vLLM stages")
     serve.add_argument("--host", default="127.0.0.1", help="another than loopback needs a token")
     serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     serve.add_argument("--token-file", metavar="FILE", help="file with the bearer token (default: HSTU_LAB_TOKEN, where set)")
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     load.add_argument("--url", default="http://127.0.0.1:8000", help="loopback only; HSTU_LAB_TOKEN is sent along")
     load.add_argument("--events", metavar="FILE", help="the log whose visits are sent (default: the sample)")
-    load.add_argument("--task", choices=("topk", "slate"))
+    load.add_argument("--task", choices=TASK_NAMES)
     load.add_argument("--rates", default="5,10,20,40,80", help="requests/s of the open loop, one run each")
     load.add_argument("--clients", type=_positive, metavar="N", help="a closed loop of N clients instead")
     load.add_argument("--seconds", type=float, default=5.0, help="of each run (default: 5)")

@@ -20,7 +20,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 
 from hstu_lab import __version__
 
@@ -147,7 +146,7 @@ PROBES = (
 )  # fmt: skip
 
 NVCC_PINS = (
-    "nvidia-cuda-nvcc==13.0.88", "nvidia-cuda-crt==13.0.88", "nvidia-nvvm==13.0.88", "nvidia-cuda-runtime==13.0.96",
+    "nvidia-cuda-nvcc==13.5.37", "nvidia-cuda-crt==13.5.37", "nvidia-nvvm==13.5.37", "nvidia-cuda-runtime==13.0.96",
     "nvidia-cuda-cccl==13.3.5.0.6",
 )  # fmt: skip
 
@@ -220,12 +219,17 @@ def chromium() -> str | None:
 
 
 def nvcc() -> str | None:
-    """Path of NVIDIA's compiler: PATH, CUDA_HOME, /usr/local/cuda, then the one that pip installs; None where there is none.
+    """Path of NVIDIA's compiler: in CUDA_HOME, of pip's wheels, on PATH, in /usr/local/cuda; None where there is none."""
+    wheels = importlib.util.find_spec("nvidia")
+    folders = [pathlib.Path(p) for p in wheels.submodule_search_locations or ()] if wheels else []
+    homes = [os.environ.get("CUDA_HOME"), *(home for folder in folders for home in sorted(folder.glob("cu*")))]
+    paths = [*(f"{home}/bin" for home in homes if home), None, "/usr/local/cuda/bin"]
+    return next((found for path in paths if (found := shutil.which("nvcc", path=path))), None)
 
-    pip's keeps libcudart_static.a in `../lib`, where nvcc does not look: link with -L.
-    """
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", f"{sysconfig.get_path('platlib')}/nvidia/cu13"]
-    return shutil.which("nvcc") or next((path for h in homes if h and (path := shutil.which("nvcc", path=f"{h}/bin"))), None)
+
+def nvcc_remedy() -> str:
+    """The command that installs NVIDIA's compiler."""
+    return _pip(" ".join(NVCC_PINS))
 
 
 # ---- engines
@@ -297,11 +301,11 @@ def _nvcc() -> Engine:
     role = "compiles the CUTLASS C++ kernels"
     path = nvcc()
     if path is None:
-        return Engine("nvcc", "missing", "", role, _pip(" ".join(NVCC_PINS)))
+        return Engine("nvcc", "missing", "", role, nvcc_remedy())
     said = _output([path, "--version"])
     if found := re.search(r"release [\d.]+, V([\d.]+)", said):
         return Engine("nvcc", "ready", found[1], role)
-    return Engine("nvcc", "broken", "", role, _pip(" ".join(NVCC_PINS)), f"{path} --version does not answer")
+    return Engine("nvcc", "broken", "", role, nvcc_remedy(), f"{path} --version does not answer")
 
 
 def _chromium() -> Engine:

@@ -6,15 +6,17 @@ import logging
 import pathlib
 import sys
 import tomllib
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from hstu_lab.config import ConfigError
 
-TASK_NAMES = ("topk", "slate")
-STRATEGIES = ("eager", "onnx", "vllm", "tensorrt", "unified")
+TaskName = Literal["topk", "slate"]
+Strategy = Literal["eager", "onnx", "vllm", "tensorrt", "unified"]
+Precision = Literal["fp32", "fp16", "int8"]
+TASK_NAMES, STRATEGIES, PRECISIONS = get_args(TaskName), get_args(Strategy), get_args(Precision)
 FILE_NAME = "hstu_lab.toml"
 
 
@@ -27,11 +29,11 @@ class Settings(BaseSettings):
     """Checkpoint folder; None picks one that was trained on the world that the events come from."""
     events: pathlib.Path | None = None
     """Event file or MovieLens folder; None takes the sample log."""
-    task: Literal["topk", "slate"] = "topk"
-    strategy: Literal["auto", "eager", "onnx", "vllm", "tensorrt", "unified"] = "auto"
+    task: TaskName = "topk"
+    strategy: Strategy | Literal["auto"] = "auto"
     ops: Literal["reference", "triton", "cutlass"] = "reference"
     """Operators of the PyTorch and vLLM stages."""
-    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    precision: Precision = "fp32"
     """Of the ONNX Runtime and TensorRT stages; fp16 and int8 may reorder items whose scores are close."""
     workspace_mb: int = Field(1024, ge=1)
     """GPU memory that one TensorRT engine may use while it runs, MiB."""

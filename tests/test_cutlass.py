@@ -22,7 +22,7 @@ def error(got, expected):
 
 @pytest.fixture
 def no_nvcc(monkeypatch):
-    monkeypatch.setattr(build, "_wheel_folders", lambda package: [])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     build.nvcc.cache_clear()
     yield
@@ -30,7 +30,7 @@ def no_nvcc(monkeypatch):
 
 
 def test_no_compiler_names_the_remedy(no_nvcc, tmp_path):
-    with pytest.raises(build.ToolchainMissing, match=r"pip install nvidia-cuda-nvcc .* or install NVIDIA's CUDA toolkit"):
+    with pytest.raises(build.ToolchainMissing, match=r"--no-deps nvidia-cuda-nvcc=.* or install NVIDIA's CUDA toolkit"):
         build.build(KERNELS[SM80], folder=tmp_path)
     with pytest.raises(build.ToolchainMissing, match="pip install nvidia-cutlass"):
         build.headers()
@@ -50,7 +50,8 @@ def test_a_compiler_on_the_path_serves(monkeypatch, tmp_path):
     found = tmp_path / "nvcc"
     found.write_text("#!/bin/sh\n")
     found.chmod(0o755)
-    monkeypatch.setattr(build, "_wheel_folders", lambda package: [])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     build.nvcc.cache_clear()
     assert build.nvcc()[0] == found

@@ -22,6 +22,8 @@ from packaging.version import Version
 from setuptools import Distribution
 from setuptools.config.pyprojecttoml import apply_configuration
 
+from hstu_lab import environment
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "requirements"
 LOCKS = ("cpu", "gpu", "test")
@@ -83,6 +85,12 @@ def test_locks_hold_what_their_inputs_ask_for(name):
     for target in INPUTS[name]:
         locked = lock(target)
         assert {package: locked.get(package) for package in asked} == asked
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_the_compiler_that_doctor_offers_is_the_locked_one(name):
+    offered = {r.name: str(r.specifier) for r in map(Requirement, environment.NVCC_PINS)}
+    assert offered == {package: f"=={lock(name).get(package)}" for package in offered}
 
 
 def test_the_packages_of_the_project_are_there():

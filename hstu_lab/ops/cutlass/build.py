@@ -1,7 +1,7 @@
 """Compiles the CUTLASS kernels with nvcc into shared libraries with a C interface, once: the cache is keyed by content.
 
-No GPU and no torch headers are needed. nvcc is that of the wheels `nvidia-cuda-nvcc` and friends, else the system's; the
-headers are those of the wheel `nvidia-cutlass`.
+No GPU and no torch headers are needed. nvcc is the one that `environment.nvcc` finds; the headers are those of the wheel
+`nvidia-cutlass`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+
+from hstu_lab import environment
 
 SOURCES = pathlib.Path(__file__).parent
 FLAGS = (
@@ -111,29 +113,21 @@ def cache_folder() -> pathlib.Path:
 @functools.cache
 def nvcc() -> tuple[pathlib.Path, tuple[str, ...]]:
     """(nvcc, flags it needs). Raises ToolchainMissing."""
-    for folder in _wheel_folders("nvidia"):
-        for compiler in sorted(folder.glob("cu*/bin/nvcc")):
-            return compiler, (f"-L{compiler.parents[1] / 'lib'}",)
-    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if found:
-        return pathlib.Path(found), ()
-    raise ToolchainMissing(
-        "no nvcc here: pip install nvidia-cuda-nvcc nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl nvidia-nvvm "
-        "(one CUDA version for all), or install NVIDIA's CUDA toolkit and put its bin folder on PATH"
-    )
+    if (found := environment.nvcc()) is None:
+        remedy = environment.nvcc_remedy()
+        raise ToolchainMissing(f"no nvcc here: {remedy}, or install NVIDIA's CUDA toolkit and put its bin folder on PATH")
+    compiler = pathlib.Path(found)
+    beside = compiler.parents[1] / "lib"  # of the wheels, where nvcc does not look by itself
+    return compiler, (f"-L{beside}",) if (beside / "libcudart_static.a").exists() else ()
 
 
 def headers() -> pathlib.Path:
     """CUTLASS's include folder. Raises ToolchainMissing."""
-    for folder in _wheel_folders("cutlass_library"):
-        if (folder / "source/include/cutlass/cutlass.h").exists():
-            return folder / "source/include"
+    spec = importlib.util.find_spec("cutlass_library")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        if (include := pathlib.Path(folder) / "source/include").joinpath("cutlass/cutlass.h").exists():
+            return include
     raise ToolchainMissing("no CUTLASS headers here: pip install nvidia-cutlass")
-
-
-def _wheel_folders(package: str) -> list[pathlib.Path]:
-    spec = importlib.util.find_spec(package)
-    return [pathlib.Path(p) for p in spec.submodule_search_locations or ()] if spec else []
 
 
 @functools.cache
