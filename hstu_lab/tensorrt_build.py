@@ -152,13 +152,14 @@ def build(request: Request, *, progress: Progress = True) -> tuple[Header, bytes
     Raises BuildError with what TensorRT said.
     """
     library, started = request.library, time.perf_counter()
-    data, graph = request.onnx.read_bytes(), _read_onnx(request.onnx).graph
+    data, model = request.onnx.read_bytes(), _read_onnx(request.onnx)
+    graph = model.graph
     with library.listening() as said:
         trt = library.trt
         builder = trt.Builder(library.logger)
         network = library.network(builder)
         parser = trt.OnnxParser(network, library.logger)
-        if not parser.parse(data):
+        if not parser.parse(library.readable(model, data)):
             reason = parser.get_error(0).desc() if parser.num_errors else (said or ["no reason given"])[0]
             raise BuildError(f"{request.onnx}: {library.label} cannot parse it: {_line(reason)}")
         inputs = _named(graph.input, [_spec(network.get_input(i)) for i in range(network.num_inputs)])

@@ -83,6 +83,14 @@ class Library:
 
     # ---- building
 
+    def readable(self, model, data: bytes) -> bytes:
+        """An ONNX file's bytes `data`, read as `model`, in the form that this library's parser takes."""
+        if self.strongly_typed or not any(node.op_type == "DequantizeLinear" for node in model.graph.node):
+            return data
+        from hstu_lab.tensorrt_legacy import with_float_weights
+
+        return with_float_weights(model).SerializeToString()
+
     def network(self, builder):
         """An empty network: strongly typed where the library knows that, else with its batch dimension spelled out."""
         flag = getattr(
