@@ -303,7 +303,8 @@ def record(folder: pathlib.Path) -> None:
         if "samples" in line:
             measurements.append(Measurement(name, tuple(line.pop("samples")), line.pop("calls"), line.pop("clock")))
         if line:
-            data[name] = line
+            # An error is infinite where infinities or NaN differ, which JSON cannot say.
+            data[name] = json.loads(json.dumps(line), parse_constant=str)
     note = "gr-3b with random weights; median of replays of a CUDA graph on one fixed set of buffers; errors against PyTorch fp32"
     made = Record.here("tensorrt_engines", measurements=measurements, data=data, note=note)
     made.versions["tensorrt"] = data["library"]["version"]

@@ -76,8 +76,12 @@ def torch_side(folder: pathlib.Path, modes: list[str], work=WORK) -> None:
                     }
             feed = peers.feed(part, batch) if part else {}
             result = measure(lambda: run(**feed), name=name, cuda_graph=True, repeats=30, min_time=0.3)
-            about["kernels"] = _kernels(lambda: run(**feed))
         results.add(name=name, samples=list(result.samples), calls=result.calls, clock=result.clock, **about)
+        results.guarded(f"{name} kernels", kernels, run, feed)
+
+    def kernels(name: str, run, feed) -> None:
+        with torch.inference_mode(), torch.autocast("cuda", torch.float16):
+            results.add(name=name, kernels=_kernels(lambda: run(**feed)))
 
     for mode in modes:
         if mode == "eager":
