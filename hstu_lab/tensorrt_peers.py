@@ -76,7 +76,9 @@ def torch_side(folder: pathlib.Path, modes: list[str], work=WORK) -> None:
                     }
             feed = peers.feed(part, batch) if part else {}
             result = measure(lambda: run(**feed), name=name, cuda_graph=True, repeats=30, min_time=0.3)
+            launched = measure(lambda: run(**feed), name=name, repeats=20, min_time=0.2, device="cuda")
         results.add(name=name, samples=list(result.samples), calls=result.calls, clock=result.clock, **about)
+        results.add(name=f"{name}, launched", samples=list(launched.samples), calls=launched.calls, clock=launched.clock)
         results.guarded(f"{name} kernels", kernels, run, feed)
 
     def kernels(name: str, run, feed) -> None:

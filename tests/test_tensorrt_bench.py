@@ -1,5 +1,6 @@
 """The benchmark's files at a tiny size: fixed lengths, right answers, operators that an old parser takes, weights that return."""
 
+import collections
 import dataclasses
 import json
 
@@ -12,12 +13,15 @@ from hstu_lab import tensorrt_bench as bench
 from hstu_lab.bench_weights import fill, make_weight, strip
 from hstu_lab.config import preset
 from hstu_lab.tensorrt_build import Request, build
+from hstu_lab.tensorrt_legacy import with_float_weights
 
 CONFIG = preset("tiny").replace(num_layers=1, max_seq_len=600)
 CASES = (
     bench.Case("encoder", "fp16", 16),
     bench.Case("stack", "fp16", 16),
     bench.Case("stack", "int8", 16),
+    bench.Case("stack", "fp16", 16, loose=True),
+    bench.Case("stack", "int8", 16, loose=True),
     bench.Case("ranker", "fp16", 16, (1, 2)),
 )
 REFUSED = {"Range", "Split", "GatherND", "NonZero", "ScatterND"}
@@ -34,7 +38,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_files_give_the_expected_outputs(folder, case):
-    session = onnxruntime.InferenceSession(str(folder / f"{case.name}.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(folder / case.file), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     for batch in case.batches:
         answer = dict(zip(names, session.run(names, bench.make_inputs(case, batch, CONFIG, False))))
@@ -49,14 +53,37 @@ def test_the_files_give_the_expected_outputs(folder, case):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_only_the_batch_is_free_and_an_old_parser_could_take_it(folder, case):
-    proto = onnx.load(folder / f"{case.name}.onnx")
+    proto = onnx.load(folder / case.file)
     assert not {node.op_type for node in proto.graph.node} & REFUSED
     for value in proto.graph.input:
         free = [dim.dim_param for dim in value.type.tensor_type.shape.dim if dim.dim_param]
         assert free == ["batch"]
-    request = Request.of(folder / f"{case.name}.onnx", case.profiles, precision=case.precision, target="sm_80")
+    request = Request.of(folder / case.file, case.profiles, precision=case.precision, target="sm_80")
     header, _ = build(request, progress=False)
     assert [profile["batch"][1] for profile in header.profiles] == list(case.batches)
+
+
+def test_loose_graphs_leave_the_choice_of_fp16_to_the_engine(folder):
+    """No float16 in them; the int8 one keeps its Q/DQ. The fp16 engine shares the fp32 one's file."""
+    for case in (case for case in CASES if case.loose):
+        kinds = collections.Counter(tensor.data_type for tensor in onnx.load(folder / case.file).graph.initializer)
+        assert not kinds[onnx.TensorProto.FLOAT16]
+        assert bool(kinds[onnx.TensorProto.INT8]) == (case.precision == "int8")
+    assert bench.Case("stack", "fp16", 16, loose=True).file == bench.Case("stack", "fp32", 16).file
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.precision == "int8"], ids=lambda case: case.name)
+def test_int8_weights_in_the_form_of_tensorrt_8_6_compute_the_same(folder, case):
+    stored = onnx.load(folder / case.file)
+    spelled = with_float_weights(stored)
+    assert {t.data_type for t in stored.graph.initializer if len(t.dims) == 2} >= {onnx.TensorProto.INT8}
+    assert onnx.TensorProto.INT8 not in {t.data_type for t in spelled.graph.initializer if len(t.dims) == 2}
+    feed = bench.make_inputs(case, 8, CONFIG, False)
+    answers = []
+    for model in (stored, spelled):
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        answers.append(session.run(["hidden"], feed)[0])
+    np.testing.assert_array_equal(*answers)
 
 
 def test_weights_come_back_as_they_went(folder, tmp_path):
@@ -64,7 +91,7 @@ def test_weights_come_back_as_they_went(folder, tmp_path):
     strip(folder, tmp_path / "light", weights)
     fill(tmp_path / "light", tmp_path / "full", weights)
     for case in CASES:
-        name = f"{case.name}.onnx"
+        name = case.file
         assert (tmp_path / "full" / name).read_bytes() == (folder / name).read_bytes()
         assert json.loads((tmp_path / "light" / name).with_suffix(".json").read_text())
         assert (tmp_path / "light" / name).stat().st_size < (folder / name).stat().st_size
