@@ -1,7 +1,6 @@
 """The benchmark's files at a tiny size: fixed lengths, right answers, operators that an old parser takes, weights that return."""
 
 import collections
-import dataclasses
 import json
 
 import numpy as np
@@ -58,9 +57,26 @@ def test_only_the_batch_is_free_and_an_old_parser_could_take_it(folder, case):
     for value in proto.graph.input:
         free = [dim.dim_param for dim in value.type.tensor_type.shape.dim if dim.dim_param]
         assert free == ["batch"]
-    request = Request.of(folder / case.file, case.profiles, precision=case.precision, target="sm_80")
+    request = Request.of(folder / case.file, {"batch": (1, 8, 8)}, precision=case.precision, target="sm_80")
     header, _ = build(request, progress=False)
-    assert [profile["batch"][1] for profile in header.profiles] == list(case.batches)
+    assert [profile["batch"][2] for profile in header.profiles] == [8]
+
+
+def test_an_engine_is_for_one_batch_size_and_leaves_nothing_free(folder, monkeypatch):
+    case = CASES[1]
+    of = Request.of
+    monkeypatch.setattr(
+        Request, "of", lambda path, **options: of(path, **options | {"library": "tensorrt_rtx", "target": "sm_80"})
+    )
+    paths = {bench._request(folder, case, batch).onnx for batch in case.batches}
+    assert len(paths) == len(case.batches)
+    header, _ = build(bench._request(folder, case, 8), progress=False)
+    assert header.profiles == ()
+    assert [spec.dims[0] for spec in (*header.inputs, *header.outputs)] == [8] * 5
+    session = onnxruntime.InferenceSession(str(bench._request(folder, case, 8).onnx), providers=["CPUExecutionProvider"])
+    whole = onnxruntime.InferenceSession(str(folder / case.file), providers=["CPUExecutionProvider"])
+    feed = bench.make_inputs(case, 8, CONFIG, False)
+    np.testing.assert_array_equal(session.run(["hidden"], feed)[0], whole.run(["hidden"], feed)[0])
 
 
 def test_loose_graphs_leave_the_choice_of_fp16_to_the_engine(folder):
@@ -134,7 +150,3 @@ def test_both_sides_become_one_record(tmp_path, monkeypatch):
     assert record["versions"]["tensorrt"] == "8.6.1"
     assert {m["name"] for m in record["measurements"]} == {"stack-fp16-512 b1", "stack b1 torch.compile"}
     assert record["data"]["stack-fp16-512 b1"]["errors"] == {"hidden": 1e-3}
-
-
-def test_each_batch_size_has_a_profile_of_its_own():
-    assert dataclasses.replace(CASES[0], batches=(1, 8)).profiles == ({"batch": (1, 1, 1)}, {"batch": (8, 8, 8)})
