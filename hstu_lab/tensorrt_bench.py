@@ -61,7 +61,8 @@ class Case:
 
 RANKED = (1, 2, 4, 8)
 CASES = (
-    Case("encoder", "fp16", 512), Case("stack", "fp16", 512), Case("stack", "fp16", 512, loose=True),
+    Case("encoder", "fp16", 512, loose=True), Case("encoder", "fp16", 512),
+    Case("stack", "fp16", 512, loose=True), Case("stack", "fp16", 512),
     Case("ranker", "fp16", 512, RANKED), Case("ranker", "fp16", 512, RANKED, loose=True),
     Case("stack", "int8", 512), Case("stack", "int8", 512, loose=True),
     Case("ranker", "int8", 512, RANKED), Case("ranker", "int8", 512, RANKED, loose=True), Case("encoder", "int8", 512),
@@ -192,7 +193,14 @@ def expected(folder: pathlib.Path, cases=CASES, config=None) -> None:
 # ---- TensorRT's side
 
 
-def engines(folder: pathlib.Path, cases=CASES, seconds: float = 1e9, name: str = "tensorrt", built: bool = False) -> None:
+def engines(
+    folder: pathlib.Path,
+    cases=CASES,
+    seconds: float = 1e9,
+    name: str = "tensorrt",
+    built: bool = False,
+    effort: int | None = None,
+) -> None:
     """Build, check and time every case's engines, until `seconds` have passed; results go to NAME.jsonl.
 
     `built`: only those that are in the cache already, so that several processes may build and one alone measures.
@@ -204,21 +212,21 @@ def engines(folder: pathlib.Path, cases=CASES, seconds: float = 1e9, name: str =
     results.add(name="library", version=library.version, gpu=gpu_name())
     for case in cases:
         for batch in case.batches:
-            title = f"{case.name} b{batch}"
+            title = f"{case.name} b{batch}{'' if effort is None else f' effort {effort}'}"
             if time.perf_counter() - started > seconds:
                 results.add(name=title, error="no time left")
                 continue
-            request = _request(folder, case, batch)
+            request = _request(folder, case, batch, effort)
             if not built or _cache(folder).path(request).is_file():
                 results.guarded(title, _check_and_time, request, case, batch, folder, results)
 
 
-def build(folder: pathlib.Path, cases=CASES) -> None:
+def build(folder: pathlib.Path, cases=CASES, effort: int | None = None) -> None:
     """Only build the cases' engines."""
     for case in cases:
         for batch in case.batches:
             started = time.perf_counter()
-            _cache(folder).get(_request(folder, case, batch), progress=False)
+            _cache(folder).get(_request(folder, case, batch, effort), progress=False)
             print(f"{case.name} b{batch}: built in {time.perf_counter() - started:.0f} s", flush=True)
 
 
@@ -228,7 +236,7 @@ def _cache(folder: pathlib.Path):
     return EngineCache(folder / "engines")
 
 
-def _request(folder: pathlib.Path, case: Case, batch: int):
+def _request(folder: pathlib.Path, case: Case, batch: int, effort: int | None = None):
     """An engine for exactly that batch: TensorRT 8.6 fuses more, and builds faster, where no size is free."""
     import onnx
 
@@ -242,20 +250,37 @@ def _request(folder: pathlib.Path, case: Case, batch: int):
             if dim.dim_param:
                 dim.dim_value = batch
         del model.graph.value_info[:]
+        _fold_look_ups(model.graph)
         partial = path.with_suffix(f".{os.getpid()}.part")
         partial.write_bytes(model.SerializeToString())
         partial.rename(path)
-    return Request.of(path, precision=case.precision, workspace=WORKSPACE, library="tensorrt")
+    return Request.of(path, precision=case.precision, workspace=WORKSPACE, library="tensorrt", effort=effort)
 
 
-def once(folder: pathlib.Path, cases=CASES) -> None:
+def _fold_look_ups(graph, most: int = 64 << 20) -> None:
+    """Look up constant tables at constant indices (the position bias) here, where the result is at most `most` bytes."""
+    from onnx import numpy_helper
+
+    known = {tensor.name: tensor for tensor in graph.initializer}
+    for node in [node for node in graph.node if node.op_type == "Gather" and all(name in known for name in node.input)]:
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+        table, index = (numpy_helper.to_array(known[name]) for name in node.input)
+        if table.nbytes // table.shape[axis] * index.size <= most:
+            graph.initializer.append(numpy_helper.from_array(np.take(table, index, axis=axis), node.output[0]))
+            graph.node.remove(node)
+    used = {name for node in graph.node for name in node.input}
+    for name in known.keys() - used:
+        graph.initializer.remove(known[name])
+
+
+def once(folder: pathlib.Path, cases=CASES, effort: int | None = None) -> None:
     """Run every case's engines once, for a profiler to watch."""
     from hstu_lab.config import preset
     from hstu_lab.tensorrt_engine import Engine
 
     for case in cases:
         for batch in case.batches:
-            with Engine(_cache(folder).get(_request(folder, case, batch), progress=False)) as engine:
+            with Engine(_cache(folder).get(_request(folder, case, batch, effort), progress=False)) as engine:
                 types = {spec.name: spec.dtype for spec in engine.header.inputs}
                 engine.infer({k: v.astype(types[k]) for k, v in make_inputs(case, batch, preset("gr-3b"), True).items()})
 
@@ -345,8 +370,9 @@ def main() -> None:
     parser.add_argument("step", choices=steps)
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("to", type=pathlib.Path, nargs="?", help="steps strip and fill: where to write")
-    parser.add_argument("--only", default="", help="steps export, engines and once: cases whose names match this expression")
+    parser.add_argument("--only", default="", help="cases (steps compile and torch: parts) whose names match this")
     parser.add_argument("--batch", type=int, nargs="+", help="and of these batch sizes only")
+    parser.add_argument("--effort", type=int, help="TensorRT's optimisation level, 0 to 5")
     parser.add_argument("--built", action="store_true", help="step engines: only those that have been built already")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further engine after so long")
     parser.add_argument("--name", default="tensorrt", help="step engines: results go to NAME.jsonl")
@@ -363,16 +389,17 @@ def main() -> None:
     elif options.step == "export":
         export(options.folder, cases)
     elif options.step == "engines":
-        engines(options.folder, cases, options.seconds, options.name, options.built)
+        engines(options.folder, cases, options.seconds, options.name, options.built, options.effort)
     elif options.step in ("build", "once"):
-        {"build": build, "once": once}[options.step](options.folder, cases)
+        {"build": build, "once": once}[options.step](options.folder, cases, options.effort)
     elif options.step in ("compile", "torch", "onnxruntime"):
         from hstu_lab import tensorrt_peers as peers
 
         if options.step == "onnxruntime":
             peers.onnxruntime_side(options.folder)
         else:
-            {"compile": peers.compile_only, "torch": peers.torch_side}[options.step](options.folder, options.modes)
+            work = [each for each in peers.WORK if re.search(options.only, each[0])]
+            {"compile": peers.compile_only, "torch": peers.torch_side}[options.step](options.folder, options.modes, work)
     else:
         {"expected": expected, "record": record}[options.step](options.folder)
 

@@ -98,7 +98,7 @@ class Library:
         )
         return builder.create_network(0 if flag is None else 1 << int(flag))
 
-    def configure(self, config, *, precision: str, target: str, workspace: int, tf32: bool, refit: bool) -> None:
+    def configure(self, config, *, precision: str, target: str, workspace: int, tf32: bool, refit: bool, effort=None) -> None:
         """Set what the build needs. `workspace`: bytes. `target`: "sm_80"; what `tensorrt` builds for is this machine's GPU."""
         flag = self.trt.BuilderFlag
         wanted = {flag.TF32: tf32, flag.REFIT: refit}
@@ -106,6 +106,8 @@ class Library:
             wanted |= {flag.FP16: precision != "fp32", flag.INT8: precision == "int8"}
         for each, on in wanted.items():
             (config.set_flag if on else config.clear_flag)(each)
+        if effort is not None:
+            config.builder_optimization_level = effort
         config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, workspace)
         if not self.strongly_typed:
             config.set_tactic_sources(0)  # no cuBLAS or cuDNN beside it: its own kernels only

@@ -94,7 +94,7 @@ def _onnxruntime(folder: pathlib.Path, stack: contextlib.ExitStack):
 # ---- the near side
 
 
-def remote_models(folder: pathlib.Path, python: str = sys.executable, backend: str = "tensorrt", environment=None):
+def remote_models(folder: pathlib.Path, python: str = sys.executable, backend: str = "tensorrt"):
     """A `PartModels` whose engines run in `python`; a context manager that ends the process."""
     from hstu_lab.onnx_models import PartModels, check_metadata, load_metadata_config
     from hstu_lab.tensorrt_build import _read_onnx
@@ -111,7 +111,7 @@ def remote_models(folder: pathlib.Path, python: str = sys.executable, backend: s
             self.calls, self.seconds = 0, 0.0
             self._process = subprocess.Popen(
                 [python, __file__, "serve", str(folder), backend], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).resolve().parents[1])} | (environment or {}),
+                env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).resolve().parents[1])},
             )  # fmt: skip
             self.engine = str(receive(self._process.stdout)["engine"])
 
@@ -171,7 +171,7 @@ def unify(recommender, models):
     recommender._strategies["unified"] = Vllm(recommender._engine, parts, parts)
 
 
-def record(checkpoint: pathlib.Path, folder: pathlib.Path, python: str, environment: dict[str, str], users: int) -> None:
+def record(checkpoint: pathlib.Path, folder: pathlib.Path, python: str, users: int) -> None:
     """`users` histories of the sample log through `unified` with TensorRT, both tasks, against PyTorch; each stage's time."""
     from hstu_lab.events import Catalog, read_events
     from hstu_lab.measure import Measurement, Record, data_root, write_record
@@ -183,7 +183,7 @@ def record(checkpoint: pathlib.Path, folder: pathlib.Path, python: str, environm
     measurements, data = [], {}
     with (
         Recommender(checkpoint, settings=Settings()) as recommender,
-        remote_models(folder, python, environment=environment) as models,
+        remote_models(folder, python) as models,
     ):
         unify(recommender, models)
         for task in ("topk", "slate"):
@@ -194,6 +194,8 @@ def record(checkpoint: pathlib.Path, folder: pathlib.Path, python: str, environm
             same = [a.candidates == b.candidates for a, b in zip(answers, truth)]
             tens = [[i.row for i in a.items] == [i.row for i in b.items] for a, b in zip(answers, truth)]
             gaps = [abs(x.score - y.score) for a, b in zip(answers, truth) for x in a.items for y in b.items if x.row == y.row]
+            if task == "topk":
+                data["swaps"] = _swaps(recommender, histories, answers, truth)
             data[task] = {
                 "requests": len(histories), "same candidates": sum(same), "same ten": sum(tens), "largest score gap": max(gaps),
                 "engines": answers[0].engines,
@@ -211,10 +213,34 @@ def record(checkpoint: pathlib.Path, folder: pathlib.Path, python: str, environm
         )  # fmt: skip
         made.versions["tensorrt"] = models.engine.split(",")[0].removeprefix("TensorRT ")
         print(write_record(made))
+        print("swaps", data["swaps"])
         for task in ("topk", "slate"):
             print(task, data[task])
         for each in measurements:
             print(each)
+
+
+def _swaps(recommender, histories, answers, truth) -> list[float]:
+    """Where two lists differ: how far PyTorch's fp32 logits of the two items lie apart, relative to the largest."""
+    import torch
+
+    from hstu_lab.ops.reference import jagged_to_dense
+
+    model, found = recommender.model, []
+    for history, ours, right in zip(histories, answers, truth):
+        if ours.candidates == right.candidates:
+            continue
+        batch, _ = recommender.prepare([history])
+        with torch.inference_mode():
+            tokens, offsets = batch.tokens, batch.offsets
+            longest = len(tokens)
+            x, times = (
+                jagged_to_dense(v, offsets, longest) for v in (model.embed(tokens, offsets), model.times(tokens, offsets))
+            )
+            logits = model.logits(model.stack.dense(x, batch.lengths, times)[:, -1])[0]
+        scale = logits[logits.isfinite()].abs().max()
+        found += [float(abs(logits[a] - logits[b]) / scale) for a, b in zip(ours.candidates, right.candidates) if a != b]
+    return found
 
 
 def main() -> None:
@@ -227,14 +253,12 @@ def main() -> None:
     near.add_argument("checkpoint", type=pathlib.Path)
     near.add_argument("folder", type=pathlib.Path)
     near.add_argument("--python", default=sys.executable)
-    near.add_argument("--environment", nargs="*", default=[], metavar="NAME=VALUE", help="of that Python")
     near.add_argument("--users", type=int, default=30)
     options = parser.parse_args()
     if options.step == "serve":
         serve(options.folder, options.backend)
     else:
-        environment = dict(pair.split("=", 1) for pair in options.environment)
-        record(options.checkpoint, options.folder, options.python, environment, options.users)
+        record(options.checkpoint, options.folder, options.python, options.users)
 
 
 if __name__ == "__main__":

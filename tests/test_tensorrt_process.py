@@ -33,9 +33,9 @@ def histories():
     return [log.history(user) for user in range(12)]
 
 
-def _check(folder, histories, backend, python, environment):
+def _check(folder, histories, backend, python):
     """unified with remote parts gives eager's lists, says what ran, and its scores come from the remote parts."""
-    with Recommender(settings=Settings()) as recommender, remote_models(folder, python, backend, environment) as models:
+    with Recommender(settings=Settings()) as recommender, remote_models(folder, python, backend) as models:
         unify(recommender, models)
         for task in TASK_NAMES:
             truth = recommender.recommend_batch(histories, task=task, strategy="eager")
@@ -52,13 +52,13 @@ def _check(folder, histories, backend, python, environment):
 
 @pytest.mark.timeout(180)
 def test_unified_with_encoder_and_ranker_in_another_process(folder, histories):
-    _check(folder, histories, "onnxruntime", sys.executable, {})
+    _check(folder, histories, "onnxruntime", sys.executable)
 
 
 @pytest.mark.gpu
 @pytest.mark.timeout(300)
 def test_unified_with_tensorrt(folder, histories):
-    _check(folder, histories, "tensorrt", _tensorrt_python(), {})
+    _check(folder, histories, "tensorrt", _tensorrt_python())
 
 
 def _tensorrt_python() -> str:
