@@ -216,11 +216,8 @@ def engines(
             if time.perf_counter() - started > seconds:
                 results.add(name=title, error="no time left")
                 continue
-            if built and not _fixed(folder, case, batch).exists():
-                continue
-            request = _request(folder, case, batch, effort)
-            if not built or _cache(folder).path(request).is_file():
-                results.guarded(title, _check_and_time, request, case, batch, folder, results)
+            if not built or _is_built(folder, case, batch):
+                results.guarded(title, _check_and_time, case, batch, effort, built, folder, results)
 
 
 def build(folder: pathlib.Path, cases=CASES, effort: int | None = None) -> None:
@@ -291,12 +288,22 @@ def once(folder: pathlib.Path, cases=CASES, effort: int | None = None) -> None:
                 engine.infer({k: v.astype(types[k]) for k, v in make_inputs(case, batch, preset("gr-3b"), True).items()})
 
 
-def _check_and_time(name: str, request, case: Case, batch: int, folder: pathlib.Path, results: Results) -> None:
+def _is_built(folder: pathlib.Path, case: Case, batch: int) -> bool:
+    """Whether there is an engine of that case at some effort."""
+    stem = _fixed(folder, case, batch).stem
+    return any((folder / "engines").glob(f"{stem}-{case.precision}-*.engine"))
+
+
+def _check_and_time(
+    name: str, case: Case, batch: int, effort: int | None, built: bool, folder: pathlib.Path, results: Results
+) -> None:
     from hstu_lab.config import preset
     from hstu_lab.cuda_memory import DeviceArray, time_on_gpu
     from hstu_lab.tensorrt_engine import Engine
 
-    config = preset("gr-3b")
+    config, request = preset("gr-3b"), _request(folder, case, batch, effort)
+    if built and not _cache(folder).path(request).is_file():
+        return
     with Engine(_cache(folder).get(request, progress=False)) as engine:
         types = {spec.name: spec.dtype for spec in engine.header.inputs}
         given = {k: v.astype(types[k]) for k, v in make_inputs(case, batch, config, False).items()}

@@ -103,7 +103,7 @@ class Request:
             "onnx": file_hash(self.onnx),
             "profiles": [{dim: list(sizes) for dim, sizes in profile.items()} for profile in self.profiles],
             "precision": self.precision,
-            "library": [self.library.name, self.library.version],
+            "library": [self.library.name, self.library.version, self.library.form],
             "target": [self.target, self.gpu],
             "workspace": self.workspace,
             "flags": [self.tf32, self.refit, self.effort],

@@ -81,15 +81,20 @@ class Library:
         named = (n for n in dir(self.trt.ComputeCapability) if n.startswith("SM"))
         return tuple(sorted((f"sm_{n[2:]}" for n in named), key=lambda t: int(t[3:])))
 
+    @property
+    def form(self) -> int:
+        """Version of what `readable` makes of a file; 0 where it leaves it alone."""
+        return 0 if self.strongly_typed else 2
+
     # ---- building
 
     def readable(self, model, data: bytes) -> bytes:
         """An ONNX file's bytes `data`, read as `model`, in the form that this library's parser takes."""
-        if self.strongly_typed or not any(node.op_type == "DequantizeLinear" for node in model.graph.node):
+        if self.strongly_typed:
             return data
-        from hstu_lab.tensorrt_legacy import with_float_weights
+        from hstu_lab.tensorrt_legacy import spelled_out
 
-        return with_float_weights(model).SerializeToString()
+        return spelled_out(model).SerializeToString()
 
     def network(self, builder):
         """An empty network: strongly typed where the library knows that, else with its batch dimension spelled out."""
