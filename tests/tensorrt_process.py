@@ -209,7 +209,7 @@ def record(checkpoint: pathlib.Path, folder: pathlib.Path, python: str, users: i
             "tensorrt_unified", measurements=measurements, data=data,
             note="strategy unified, one request at a time: encoder and ranker in TensorRT in a process of its own, joined by "
             "copies "
-            "through a pipe; stack in vLLM; compared with strategy eager on the same GPU",
+            "through a pipe; stack in vLLM; compared with strategy eager on the host",
         )  # fmt: skip
         made.versions["tensorrt"] = models.engine.split(",")[0].removeprefix("TensorRT ")
         print(write_record(made))
