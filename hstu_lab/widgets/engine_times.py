@@ -12,11 +12,14 @@ from hstu_lab.widgets.base import EDGE, STYLE, Figure, source_line
 
 KERNEL_KINDS = {
     "products": r"nvjet|gemm|cutlass|xmma|linear_kernel|cublas|matmul|(?<![a-z])fc",
-    "scores to weights": r"attention|masked_fill|sele",
-    "norms and gates": r"norm|mean",
-    "copies, casts and turns": r"copy|memcpy|memset|clone|permute|transpose|shuffle|reformat|catarray|cast",
+    "scores to weights": r"attention|masked_fill|mulsel|gat(res|eql)",
+    "norms and gates": r"norm|mea|sqrdiv",
+    "copies, casts and turns": r"copy|memcpy|memset|clone|permut|transpose|restra|shuffle|reformat|catarray",
 }
-"""Kinds of kernels by what their names contain, the first that fits; what fits none is "other pointwise"."""
+"""Kinds of kernels by what their names contain, the first that fits; what fits none is "other pointwise".
+
+TensorRT's compiler names a kernel after its operators, three letters each: `GatResAdd…Sel` gathers, reshapes, adds … selects.
+"""
 OTHER = "other pointwise"
 COLOURS = {
     "products": "#0072b2",
