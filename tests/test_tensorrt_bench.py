@@ -169,7 +169,7 @@ def test_both_sides_become_one_record(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["tensorrt_engines", "tensorrt_ways"])
 def test_recorded_engines_are_within_the_tolerances(name):
-    """Hidden states, encoder outputs and scores; logits of the engines that were read before `spelled_out` are known to be off."""
+    """All outputs but the logits, which are known to be off (notebook 07 says why)."""
     record = read_record(name, device="nvidia-h200")
     assert record.versions["tensorrt"].startswith("8.6")
     engines = {key: found["errors"] for key, found in record.data.items() if "plan_mb" in found}
