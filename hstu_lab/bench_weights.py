@@ -77,7 +77,9 @@ def fill(source: pathlib.Path, target: pathlib.Path, weights: Mapping[str, np.nd
                 if array.shape != tuple(tensor.dims):
                     raise ValueError(f"{path}: {name} has shape {array.shape}, {tensor.name} {tuple(tensor.dims)}; strip again")
                 tensor.raw_data = array.tobytes()
-        (target / path.name).write_bytes(model.SerializeToString())
+        partial = target / f"{path.name}.part"
+        partial.write_bytes(model.SerializeToString())
+        partial.rename(target / path.name)
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(one, sorted(source.glob("*.onnx"))))

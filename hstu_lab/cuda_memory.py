@@ -48,8 +48,7 @@ class DeviceArray:
     def of(cls, array: np.ndarray, stream: int = 0) -> DeviceArray:
         made = cls(array.shape, array.dtype.str)
         made.write(array, stream)
-        if stream:
-            call("cudaStreamSynchronize", stream)
+        call("cudaStreamSynchronize", stream)  # the copy may still run, and streams of others would not wait for it
         return made
 
     def write(self, array: np.ndarray, stream: int = 0) -> None:

@@ -8,7 +8,6 @@ do not fit. The formulas are `hstu_lab.model`'s own, traced; one operator, the t
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import hashlib
 import logging
@@ -29,6 +28,7 @@ from hstu_lab.config import ModelConfig
 from hstu_lab.measure import data_root
 from hstu_lab.model import HSTU, load_checkpoint, load_config
 from hstu_lab.onnx_models import INPUTS, OUTPUTS, SCHEMA_VERSION, OnnxError, OnnxModels, load_session
+from hstu_lab.onnx_parts import RankerPart, StackPart
 from hstu_lab.onnx_precision import PRECISIONS
 from hstu_lab.ops import reference
 from hstu_lab.tokens import encode_history, unpack
@@ -40,60 +40,6 @@ OPSET = 18
 
 CALIBRATION_USERS, CALIBRATION_CANDIDATES = 64, 100
 """Histories, and candidates of each, that the int8 steps are taken from."""
-
-
-# ---- the parts
-
-
-class StackPart(nn.Module):
-    """Right-padded histories -> next-item logits and hidden state of each one's last event."""
-
-    def __init__(self, model: HSTU):
-        super().__init__()
-        self.stack = _with_reference_ops(model.stack)
-        self.register_buffer("item_matrix", model.item_matrix().detach())
-        self.logits = model.logits
-
-    def forward(self, x: Tensor, times: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, N, d_model), times (B, N) seconds, lengths (B,) -> logits (B, num_items), hidden (B, d_model)."""
-        stack, config = self.stack, self.stack.config
-        position = torch.arange(x.shape[1], device=x.device)
-        inside = position < lengths.unsqueeze(1)
-        allowed = reference.visible(position, position, config.num_context) & inside.unsqueeze(1) & inside.unsqueeze(2)
-        buckets = reference.pairwise_buckets(times, times, config.num_time_buckets) if config.rab == "position+time" else None
-
-        def attend(_, q, k, v, bias):  # as HSTUStack.dense, with one mask for all layers
-            rab = bias(position, position, None, None, buckets) if bias else None
-            heads = (each.transpose(1, 2) for each in (q, k, v))
-            return reference.pointwise_attention(*heads, allowed.unsqueeze(1), rab, config.max_seq_len).transpose(1, 2)
-
-        hidden = stack(x, attend)
-        end = (lengths - 1).view(-1, 1, 1).expand(-1, 1, x.shape[2])
-        last = hidden.gather(1, end).squeeze(1)
-        return self.logits(last, self.item_matrix), last
-
-
-class RankerPart(nn.Module):
-    """Right-padded histories and C candidates each, in one masked pass -> task probabilities of the candidates."""
-
-    def __init__(self, model: HSTU):
-        super().__init__()
-        self.stack, self.heads = _with_reference_ops(model.stack), model.heads
-
-    def forward(self, x_history: Tensor, x_candidates: Tensor, times: Tensor, lengths: Tensor) -> Tensor:
-        """x_history (B, N, d_model), x_candidates (B, C, d_model), times (B, N), lengths (B,) -> (B, C, 3)."""
-        num_history = x_history.shape[1]
-        now = times.gather(1, (lengths - 1).clamp(min=0).unsqueeze(1))
-        times = torch.cat([times, now.expand(-1, x_candidates.shape[1])], dim=1)
-        hidden = self.stack.candidates(torch.cat([x_history, x_candidates], dim=1), lengths, num_history, times)
-        return self.heads(hidden[:, num_history:]).sigmoid()
-
-
-def _with_reference_ops(stack: nn.Module) -> nn.Module:
-    # Fused kernels cannot be traced. The copy is shallow: it shares every parameter.
-    stack = copy.copy(stack)
-    stack.ops = reference
-    return stack
 
 
 # ---- export
@@ -126,7 +72,7 @@ def _is_exported(name: str) -> bool:
 def exporter_version() -> str:
     """Changes whenever the graphs may: with the sources that they are traced from, and with PyTorch."""
     package = pathlib.Path(__file__).parent
-    names = ("onnx_export.py", "onnx_models.py", "onnx_precision.py", "model.py", "ops/reference.py")
+    names = ("onnx_export.py", "onnx_models.py", "onnx_parts.py", "onnx_precision.py", "model.py", "ops/reference.py")
     sources = b"".join((package / name).read_bytes() for name in names)
     return f"{hashlib.sha256(sources).hexdigest()[:8]}-torch{torch.__version__}"
 

@@ -70,20 +70,25 @@ class _Editor:
         return self.model
 
 
-def convert(model: onnx.ModelProto, scales: Mapping[str, float] | None = None) -> onnx.ModelProto:
+def convert(model: onnx.ModelProto, scales: Mapping[str, float] | None = None, halves: bool = True) -> onnx.ModelProto:
     """A copy in fp16, or, given steps of products' inputs (`calibrate`, `quiet_steps`), in int8 with explicit Q/DQ.
 
     int8: products with a weight take int8 on both sides (input: one symmetric scale, weight: one a column); products of two
-    activations (Q K', A V) and the look-up tables are fp16. fp16: all of them are.
+    activations (Q K', A V) and the look-up tables are fp16. fp16: all of them are. Without `halves` the rest stays float32, ready
+    for an engine that may choose fp16 by itself (TensorRT 8.6).
     """
     edit = _Editor(model)
     _make_headroom(edit)
     for node in list(edit.graph.node):
         if node.op_type == "MatMul" and scales is not None and node.input[0] in scales and _is_weight(edit, node.input[1]):
             _quantise(edit, node, scales[node.input[0]])
-        elif node.op_type == "MatMul":
+        elif node.op_type == "MatMul" and halves:
             edit.in_half(node, (0, 1))
-        elif node.op_type in ("Gather", "GatherElements") and edit.weights.get(node.input[0], np.empty(0)).dtype == np.float32:
+        elif (
+            halves
+            and node.op_type in ("Gather", "GatherElements")
+            and edit.weights.get(node.input[0], np.empty(0)).dtype == np.float32
+        ):
             edit.in_half(node, (0,))
         else:
             edit.nodes.append(node)

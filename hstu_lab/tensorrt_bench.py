@@ -17,7 +17,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
+import re
 import sys
 import time
 import traceback
@@ -27,35 +29,45 @@ import numpy as np
 from hstu_lab.bench_weights import fill, make_weight, strip
 
 CANDIDATES = 512
+OUTPUTS = {"encoder": ("x",), "stack": ("logits", "hidden"), "ranker": ("probabilities",)}
 BATCHES = (1, 8)
+WORKSPACE = 16 << 30
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
+    """One engine. `loose`: the graph is float32 beside its Q/DQ, and TensorRT 8.6 may choose fp16 where that is quicker."""
+
     part: str
     precision: str
     length: int
     batches: tuple[int, ...] = BATCHES
+    loose: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.part}-{self.precision}-{self.length}"
+        return f"{self.part}-{self.precision}{'-loose' * self.loose}-{self.length}"
+
+    @property
+    def file(self) -> str:
+        """Name of its ONNX file: the loose fp16 engine and the fp32 one are made from the same."""
+        same = self.loose and self.precision == "fp16"
+        return f"{(dataclasses.replace(self, precision='fp32', loose=False) if same else self).name}.onnx"
 
     def data(self, folder: pathlib.Path, batch: int) -> pathlib.Path:
         """Inputs and expected outputs, of whatever precision."""
         return folder / f"{self.part}-{self.length}-b{batch}.npz"
 
-    @property
-    def profiles(self) -> tuple[dict[str, tuple[int, int, int]], ...]:
-        """One profile a batch size: each is tuned for exactly that."""
-        return tuple({"batch": (b, b, b)} for b in self.batches)
 
-
+RANKED = (1, 2, 4, 8)
 CASES = (
-    Case("encoder", "fp16", 512), Case("stack", "fp16", 512), Case("ranker", "fp16", 512, (1, 4)), Case("stack", "int8", 512),
-    Case("stack", "fp16", 256), Case("stack", "fp16", 1024), Case("stack", "fp16", 128), Case("stack", "fp16", 64),
-    Case("ranker", "int8", 512, (1, 4)), Case("encoder", "int8", 512), Case("stack", "fp32", 512),
-    Case("stack", "fp16", 2048, (1,)),
+    Case("encoder", "fp16", 512, loose=True), Case("encoder", "fp16", 512),
+    Case("stack", "fp16", 512, loose=True), Case("stack", "fp16", 512),
+    Case("ranker", "fp16", 512, RANKED), Case("ranker", "fp16", 512, RANKED, loose=True),
+    Case("stack", "int8", 512), Case("stack", "int8", 512, loose=True),
+    Case("ranker", "int8", 512, RANKED), Case("ranker", "int8", 512, RANKED, loose=True), Case("encoder", "int8", 512),
+    *(Case("stack", "fp16", n, loose=loose) for n in (256, 1024, 128, 64, 2048) for loose in (False, True)),
+    Case("stack", "fp32", 512), Case("ranker", "fp32", 512, (1,)), Case("encoder", "fp32", 512),
 )  # fmt: skip
 """The most telling first."""
 
@@ -94,7 +106,7 @@ def make_parts(config=None):
 
     from hstu_lab.config import preset
     from hstu_lab.model import HSTU
-    from hstu_lab.onnx_export import RankerPart, StackPart
+    from hstu_lab.onnx_parts import RankerPart, StackPart
 
     config = config or preset("gr-3b")
 
@@ -134,16 +146,17 @@ def export(folder: pathlib.Path, cases=CASES, config=None) -> None:
         with torch.no_grad():
             program = onnx_export.trace(part, parts[part], config, sizes)
         plain = onnx_precision.fold_indices(program.model_proto)
+        scales = None
         for case in (case for case in cases if (case.part, case.length) == (part, length)):
-            scales = None
-            if case.precision == "int8":
+            if case.precision == "int8" and scales is None:
                 seen = onnx_precision.calibrate(plain, [make_inputs(case, 3, config, True)])
                 scales = onnx_precision.quiet_steps(seen)
                 if part == "stack":
                     scales.pop(onnx_precision.quantisable(plain)[-1], None)
-            made = plain if case.precision == "fp32" else onnx_precision.convert(plain, scales)
-            onnx.helper.set_model_props(made, {"part": part, "precision": case.precision, "length": str(length)})
-            (folder / f"{case.name}.onnx").write_bytes(made.SerializeToString())
+            halves = case.precision != "fp32" and not case.loose
+            made = onnx_precision.convert(plain, scales if case.precision == "int8" else None, halves)
+            onnx.helper.set_model_props(made, {"part": part, "length": str(length)})
+            (folder / case.file).write_bytes(made.SerializeToString())
         print(f"{part} {length}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
@@ -163,134 +176,154 @@ def expected(folder: pathlib.Path, cases=CASES, config=None) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     model.to(device)
     parts["stack"].to(device)
-    names = {"encoder": ("x",), "stack": ("logits", "hidden"), "ranker": ("probabilities",)}
-    for case in {(c.part, c.length): c for c in cases}.values():
-        for batch in case.batches:
+    batches: dict[Case, set[int]] = {}
+    for case in cases:
+        batches.setdefault(Case(case.part, "fp32", case.length), set()).update(case.batches)
+    for case, sizes in batches.items():
+        for batch in sorted(sizes):
             with torch.inference_mode():
                 feed = {name: torch.from_numpy(v).to(device) for name, v in make_inputs(case, batch, config, False).items()}
                 answer = parts[case.part](**feed)
             answer = answer if isinstance(answer, tuple) else (answer,)
-            found = zip(names[case.part], (each.cpu().numpy() for each in answer))
+            found = zip(OUTPUTS[case.part], (each.cpu().numpy() for each in answer))
             np.savez(case.data(folder, batch), **{f"expected {name}": value for name, value in found})
     print("expected outputs written", flush=True)
-
-
-def torch_side(folder: pathlib.Path, autotune: bool = False) -> None:
-    """PyTorch's times of the 512-event cases in fp16 (norms and pointwise in float32, as exported), replayed from CUDA graphs."""
-    import torch
-
-    from hstu_lab.measure import measure
-    from hstu_lab.ops import reference
-
-    config, parts, model = make_parts()
-    model.cuda().half()
-    parts["stack"].cuda().half()
-    results = Results(folder / ("torch-autotune.jsonl" if autotune else "torch.jsonl"))
-    edges = torch.tensor(reference.time_thresholds(config.num_time_buckets)).cuda()
-    # Made inside, as the model does, they would be copied from the host, which a graph cannot hold.
-    reference.time_bucket = lambda seconds, _: torch.bucketize(seconds, edges, right=True)
-
-    def timed(name: str, run) -> None:
-        with torch.inference_mode(), torch.autocast("cuda", torch.float16):
-            result = measure(run, name=name, cuda_graph=True, repeats=30, min_time=0.3)
-        results.add(name=name, samples=list(result.samples), calls=result.calls, clock=result.clock)
-
-    work = [("stack", 1), ("stack", 8), ("ranker", 1), ("ranker", 4), ("encoder", 1), ("encoder", 8)]
-    feeds = {}
-    for part, batch in work:
-        given = make_inputs(Case(part, "fp16", 512), batch, config, True)
-        tensors = {name: torch.from_numpy(value).cuda() for name, value in given.items()}
-        feeds[part, batch] = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
-    modes = (
-        {"torch.compile max-autotune": "max-autotune-no-cudagraphs"} if autotune else {"eager": None, "torch.compile": "default"}
-    )
-    if not autotune:
-        for batch in BATCHES:
-            results.guarded(f"stack b{batch} Triton ops", timed, _with_triton(parts["stack"], feeds["stack", batch], batch))
-    for mode, argument in modes.items():
-        for part, batch in work:
-            run = parts[part] if argument is None else torch.compile(parts[part], mode=argument, dynamic=False)
-            results.guarded(f"{part} b{batch} {mode}", timed, lambda run=run, feed=feeds[part, batch]: run(**feed))
-
-
-def _with_triton(part, feed, batch: int):
-    """The stack in our Triton operators on the same histories, jagged; logits as in the exported part."""
-    import copy
-
-    import torch
-
-    from hstu_lab.ops import triton_ops
-
-    stack = copy.copy(part.stack)
-    stack.ops = triton_ops
-    offsets = torch.arange(batch + 1, device="cuda") * 512
-    x, times = feed["x"].flatten(0, 1), feed["times"].flatten()
-    config = stack.config
-
-    def attend(_, q, k, v, bias):
-        return triton_ops.attention_jagged(
-            q, k, v, offsets, divisor=config.max_seq_len, bias=bias, times=times, num_context=config.num_context, max_len=512
-        )
-
-    last = offsets[1:] - 1
-    return lambda: part.logits(stack(x, attend)[last], part.item_matrix)
 
 
 # ---- TensorRT's side
 
 
-def engines(folder: pathlib.Path, cases=CASES, seconds: float = 1e9) -> None:
-    """Build, check and time every case's engine, until `seconds` have passed."""
-    from hstu_lab.tensorrt_build import EngineCache, Request
+def engines(
+    folder: pathlib.Path,
+    cases=CASES,
+    seconds: float = 1e9,
+    name: str = "tensorrt",
+    built: bool = False,
+    effort: int | None = None,
+) -> None:
+    """Build, check and time every case's engines, until `seconds` have passed; results go to NAME.jsonl.
+
+    `built`: only those that are in the cache already, so that several processes may build and one alone measures.
+    """
     from hstu_lab.tensorrt_library import find_library, gpu_name
 
-    started, results = time.perf_counter(), Results(folder / "tensorrt.jsonl")
+    started, results = time.perf_counter(), Results(folder / f"{name}.jsonl")
     library = find_library("tensorrt")
     results.add(name="library", version=library.version, gpu=gpu_name())
     for case in cases:
-        if time.perf_counter() - started > seconds:
-            results.add(name=case.name, error="no time left")
-            continue
-
-        def run(name: str, case: Case) -> None:
-            request = Request.of(
-                folder / f"{case.name}.onnx", case.profiles, precision=case.precision, workspace=4 << 30, library="tensorrt"
-            )
-            path = EngineCache(folder / "engines").get(request, progress=False)
-            _check_and_time(path, case, folder, results)
-
-        results.guarded(case.name, run, case)
+        for batch in case.batches:
+            title = f"{case.name} b{batch}{'' if effort is None else f' effort {effort}'}"
+            if time.perf_counter() - started > seconds:
+                results.add(name=title, error="no time left")
+                continue
+            if not built or _is_built(folder, case, batch):
+                results.guarded(title, _check_and_time, case, batch, effort, built, folder, results)
 
 
-def _check_and_time(path: pathlib.Path, case: Case, folder: pathlib.Path, results: Results) -> None:
+def build(folder: pathlib.Path, cases=CASES, effort: int | None = None) -> None:
+    """Only build the cases' engines."""
+    for case in cases:
+        for batch in case.batches:
+            started = time.perf_counter()
+            _cache(folder).get(_request(folder, case, batch, effort), progress=False)
+            print(f"{case.name} b{batch}: built in {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def _cache(folder: pathlib.Path):
+    from hstu_lab.tensorrt_build import EngineCache
+
+    return EngineCache(folder / "engines")
+
+
+def _fixed(folder: pathlib.Path, case: Case, batch: int) -> pathlib.Path:
+    return folder / f"{case.file.removesuffix('.onnx')}-b{batch}.onnx"
+
+
+def _request(folder: pathlib.Path, case: Case, batch: int, effort: int | None = None):
+    """An engine for exactly that batch: TensorRT 8.6 fuses more, and builds faster, where no size is free."""
+    import onnx
+
+    from hstu_lab.tensorrt_build import Request
+
+    path = _fixed(folder, case, batch)
+    if not path.exists():
+        model = onnx.load(str(folder / case.file))
+        for value in (*model.graph.input, *model.graph.output):
+            dim = value.type.tensor_type.shape.dim[0]
+            if dim.dim_param:
+                dim.dim_value = batch
+        del model.graph.value_info[:]
+        _fold_look_ups(model.graph)
+        partial = path.with_suffix(f".{os.getpid()}.part")
+        partial.write_bytes(model.SerializeToString())
+        partial.rename(path)
+    return Request.of(path, precision=case.precision, workspace=WORKSPACE, library="tensorrt", effort=effort)
+
+
+def _fold_look_ups(graph, most: int = 64 << 20) -> None:
+    """Look up constant tables at constant indices (the position bias) here, where the result is at most `most` bytes."""
+    from onnx import numpy_helper
+
+    known = {tensor.name: tensor for tensor in graph.initializer}
+    for node in [node for node in graph.node if node.op_type == "Gather" and all(name in known for name in node.input)]:
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+        table, index = (numpy_helper.to_array(known[name]) for name in node.input)
+        if table.nbytes // table.shape[axis] * index.size <= most:
+            graph.initializer.append(numpy_helper.from_array(np.take(table, index, axis=axis), node.output[0]))
+            graph.node.remove(node)
+    used = {name for node in graph.node for name in node.input}
+    for name in known.keys() - used:
+        graph.initializer.remove(known[name])
+
+
+def once(folder: pathlib.Path, cases=CASES, effort: int | None = None) -> None:
+    """Run every case's engines once, for a profiler to watch."""
+    from hstu_lab.config import preset
+    from hstu_lab.tensorrt_engine import Engine
+
+    for case in cases:
+        for batch in case.batches:
+            with Engine(_cache(folder).get(_request(folder, case, batch, effort), progress=False)) as engine:
+                types = {spec.name: spec.dtype for spec in engine.header.inputs}
+                engine.infer({k: v.astype(types[k]) for k, v in make_inputs(case, batch, preset("gr-3b"), True).items()})
+
+
+def _is_built(folder: pathlib.Path, case: Case, batch: int) -> bool:
+    """Whether there is an engine of that case at some effort."""
+    stem = _fixed(folder, case, batch).stem
+    return any((folder / "engines").glob(f"{stem}-{case.precision}-*.engine"))
+
+
+def _check_and_time(
+    name: str, case: Case, batch: int, effort: int | None, built: bool, folder: pathlib.Path, results: Results
+) -> None:
     from hstu_lab.config import preset
     from hstu_lab.cuda_memory import DeviceArray, time_on_gpu
     from hstu_lab.tensorrt_engine import Engine
 
-    config = preset("gr-3b")
-    with Engine(path) as engine:
+    config, request = preset("gr-3b"), _request(folder, case, batch, effort)
+    if built and not _cache(folder).path(request).is_file():
+        return
+    with Engine(_cache(folder).get(request, progress=False)) as engine:
         types = {spec.name: spec.dtype for spec in engine.header.inputs}
-        outputs = {spec.name for spec in engine.header.outputs}
-        about = {"layers": engine.header.layers, "plan MB": engine.header.plan_bytes / 1e6, "build s": engine.header.seconds}
-        for batch in case.batches:
-            given = {k: v.astype(types[k]) for k, v in make_inputs(case, batch, config, False).items()}
-            answer = engine.infer(given)
-            with np.load(case.data(folder, batch)) as stored:
-                errors = {name: error(answer[name], stored[f"expected {name}"]) for name in outputs}
-                overlap = _overlap(answer, stored)
-            full = {k: v.astype(types[k]) for k, v in make_inputs(case, batch, config, True).items()}
-            on_gpu = {name: DeviceArray.of(value) for name, value in full.items()}
-            made = {name: DeviceArray.of(np.zeros_like(answer[name])) for name in outputs}
-            replay = engine.capture(on_gpu, made)
-            samples = time_on_gpu(replay, engine.stream, repeats=100, calls=5)
-            start = time.perf_counter()
-            for _ in range(20):
-                engine.infer(full, graph=True)
-            host = (time.perf_counter() - start) / 20
-            results.add(
-                name=f"{case.name} b{batch}", samples=samples, calls=5, clock="cuda graph", errors=errors, overlap=overlap,
-                seconds_with_host_copies=host, memory_mb=engine.device_bytes / 1e6, **about,
-            )  # fmt: skip
+        given = {k: v.astype(types[k]) for k, v in make_inputs(case, batch, config, False).items()}
+        answer = engine.infer(given)
+        with np.load(case.data(folder, batch)) as stored:
+            errors = {output: error(answer[output], stored[f"expected {output}"]) for output in answer}
+            overlap = _overlap(answer, stored)
+        full = {k: v.astype(types[k]) for k, v in make_inputs(case, batch, config, True).items()}
+        on_gpu = {name: DeviceArray.of(value) for name, value in full.items()}
+        made = {output: DeviceArray.of(np.zeros_like(value)) for output, value in answer.items()}
+        replay = engine.capture(on_gpu, made)
+        samples = time_on_gpu(replay, engine.stream, repeats=100, calls=5)
+        start = time.perf_counter()
+        for _ in range(20):
+            engine.infer(full, graph=True)
+        results.add(
+            name=name, samples=samples, calls=5, clock="cuda graph", errors=errors, overlap=overlap,
+            seconds_with_host_copies=(time.perf_counter() - start) / 20, memory_mb=engine.device_bytes / 1e6,
+            layers=engine.header.layers, plan_mb=engine.header.plan_bytes / 1e6, build_seconds=engine.header.seconds,
+        )  # fmt: skip
 
 
 def _overlap(answer, stored) -> float | None:
@@ -336,7 +369,8 @@ def record(folder: pathlib.Path) -> None:
         if "samples" in line:
             measurements.append(Measurement(name, tuple(line.pop("samples")), line.pop("calls"), line.pop("clock")))
         if line:
-            data[name] = line
+            # An error is infinite where infinities or NaN differ, which JSON cannot say.
+            data[name] = json.loads(json.dumps(line), parse_constant=str)
     note = "gr-3b with random weights; median of replays of a CUDA graph on one fixed set of buffers; errors against PyTorch fp32"
     made = Record.here("tensorrt_engines", measurements=measurements, data=data, note=note)
     made.versions["tensorrt"] = data["library"]["version"]
@@ -345,21 +379,42 @@ def record(folder: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("export", "strip", "fill", "expected", "torch", "engines", "record"))
+    steps = ("export", "strip", "fill", "expected", "compile", "torch", "onnxruntime", "build", "engines", "once", "record")
+    parser.add_argument("step", choices=steps)
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("to", type=pathlib.Path, nargs="?", help="steps strip and fill: where to write")
+    parser.add_argument("--only", default="", help="cases (steps compile and torch: parts) whose names match this")
+    parser.add_argument("--batch", type=int, nargs="+", help="and of these batch sizes only")
+    parser.add_argument("--effort", type=int, help="TensorRT's optimisation level, 0 to 5")
+    parser.add_argument("--built", action="store_true", help="step engines: only those that have been built already")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further engine after so long")
-    parser.add_argument("--max-autotune", action="store_true", help="step torch: time only torch.compile's slow mode")
+    parser.add_argument("--name", default="tensorrt", help="step engines: results go to NAME.jsonl")
+    parser.add_argument("--modes", nargs="+", default=["eager", "torch.compile"], help="steps compile and torch")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
+    cases = [
+        dataclasses.replace(case, batches=tuple(b for b in case.batches if not options.batch or b in options.batch))
+        for case in CASES
+        if re.search(options.only, case.name)
+    ]
     if options.step in ("strip", "fill"):
         {"strip": strip, "fill": fill}[options.step](options.folder, options.to, all_weights())
+    elif options.step == "export":
+        export(options.folder, cases)
     elif options.step == "engines":
-        engines(options.folder, seconds=options.seconds)
-    elif options.step == "torch":
-        torch_side(options.folder, autotune=options.max_autotune)
+        engines(options.folder, cases, options.seconds, options.name, options.built, options.effort)
+    elif options.step in ("build", "once"):
+        {"build": build, "once": once}[options.step](options.folder, cases, options.effort)
+    elif options.step in ("compile", "torch", "onnxruntime"):
+        from hstu_lab import tensorrt_peers as peers
+
+        if options.step == "onnxruntime":
+            peers.onnxruntime_side(options.folder)
+        else:
+            work = [each for each in peers.WORK if re.search(options.only, each[0])]
+            {"compile": peers.compile_only, "torch": peers.torch_side}[options.step](options.folder, options.modes, work)
     else:
-        {"export": export, "expected": expected, "record": record}[options.step](options.folder)
+        {"expected": expected, "record": record}[options.step](options.folder)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ class Request:
     tf32: bool
     refit: bool
     library: Library
+    effort: int | None = None
 
     @classmethod
     def of(
@@ -61,6 +62,7 @@ class Request:
         tf32: bool = False,
         refit: bool = False,
         library: str | None = None,
+        effort: int | None = None,
     ) -> Request:
         onnx = pathlib.Path(onnx)
         profiles = (profiles,) if isinstance(profiles, Mapping) else tuple(profiles)
@@ -72,6 +74,8 @@ class Request:
                     raise EngineError(f"profile: {dim} is {tuple(sizes)}; give 1 <= least <= usual <= largest")
         if workspace < 1:
             raise EngineError(f"workspace is {workspace} bytes; give 1 or more, {WORKSPACE >> 20} MiB is usual")
+        if effort is not None and not 0 <= effort <= 5:
+            raise EngineError(f"effort is {effort}; give 0 to 5, or None for TensorRT's default")
         inside = onnx_metadata(onnx).get("precision")
         if precision is not None and precision not in PRECISIONS:
             raise EngineError(f"precision {precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
@@ -85,7 +89,7 @@ class Request:
             raise EngineError(f"target {target!r}: {found.label} builds for {', '.join(found.targets)}")
         if refit and not found.can_refit:
             raise EngineError(f"refit: {found.label} cannot refit from ONNX; build again when the weights change")
-        return cls(onnx, profiles, precision or inside or "fp32", target, workspace, tf32, refit, found)
+        return cls(onnx, profiles, precision or inside or "fp32", target, workspace, tf32, refit, found, effort)
 
     @property
     def gpu(self) -> str:
@@ -99,10 +103,10 @@ class Request:
             "onnx": file_hash(self.onnx),
             "profiles": [{dim: list(sizes) for dim, sizes in profile.items()} for profile in self.profiles],
             "precision": self.precision,
-            "library": [self.library.name, self.library.version],
+            "library": [self.library.name, self.library.version, self.library.form],
             "target": [self.target, self.gpu],
             "workspace": self.workspace,
-            "flags": [self.tf32, self.refit],
+            "flags": [self.tf32, self.refit, self.effort],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -152,20 +156,21 @@ def build(request: Request, *, progress: Progress = True) -> tuple[Header, bytes
     Raises BuildError with what TensorRT said.
     """
     library, started = request.library, time.perf_counter()
-    data, graph = request.onnx.read_bytes(), _read_onnx(request.onnx).graph
+    data, model = request.onnx.read_bytes(), _read_onnx(request.onnx)
+    graph = model.graph
     with library.listening() as said:
         trt = library.trt
         builder = trt.Builder(library.logger)
         network = library.network(builder)
         parser = trt.OnnxParser(network, library.logger)
-        if not parser.parse(data):
+        if not parser.parse(library.readable(model, data)):
             reason = parser.get_error(0).desc() if parser.num_errors else (said or ["no reason given"])[0]
             raise BuildError(f"{request.onnx}: {library.label} cannot parse it: {_line(reason)}")
         inputs = _named(graph.input, [_spec(network.get_input(i)) for i in range(network.num_inputs)])
         config = builder.create_builder_config()
         library.configure(
             config, precision=request.precision, target=request.target, workspace=request.workspace, tf32=request.tf32,
-            refit=request.refit,
+            refit=request.refit, effort=request.effort,
         )  # fmt: skip
         for profile in _complete(request, inputs):
             _add_profile(builder, config, inputs, profile, said)

@@ -125,7 +125,8 @@ class Engine:
     def _enqueue(self, tensors: Mapping[str, Any], profile: int, stream: int, graph: bool) -> None:
         context = self._context(profile, stream)
         for spec in self.header.inputs:
-            if not context.set_input_shape(spec.name, tuple(tensors[spec.name].shape)):
+            is_free = any(isinstance(dim, str) for dim in spec.dims)
+            if is_free and not context.set_input_shape(spec.name, tuple(tensors[spec.name].shape)):
                 raise EngineError(
                     f"{self.path}: {self.library.label} refuses shape {tuple(tensors[spec.name].shape)} of {spec.name}"
                 )

@@ -81,7 +81,20 @@ class Library:
         named = (n for n in dir(self.trt.ComputeCapability) if n.startswith("SM"))
         return tuple(sorted((f"sm_{n[2:]}" for n in named), key=lambda t: int(t[3:])))
 
+    @property
+    def form(self) -> int:
+        """Version of what `readable` makes of a file; 0 where it leaves it alone."""
+        return 0 if self.strongly_typed else 2
+
     # ---- building
+
+    def readable(self, model, data: bytes) -> bytes:
+        """An ONNX file's bytes `data`, read as `model`, in the form that this library's parser takes."""
+        if self.strongly_typed:
+            return data
+        from hstu_lab.tensorrt_legacy import spelled_out
+
+        return spelled_out(model).SerializeToString()
 
     def network(self, builder):
         """An empty network: strongly typed where the library knows that, else with its batch dimension spelled out."""
@@ -90,7 +103,7 @@ class Library:
         )
         return builder.create_network(0 if flag is None else 1 << int(flag))
 
-    def configure(self, config, *, precision: str, target: str, workspace: int, tf32: bool, refit: bool) -> None:
+    def configure(self, config, *, precision: str, target: str, workspace: int, tf32: bool, refit: bool, effort=None) -> None:
         """Set what the build needs. `workspace`: bytes. `target`: "sm_80"; what `tensorrt` builds for is this machine's GPU."""
         flag = self.trt.BuilderFlag
         wanted = {flag.TF32: tf32, flag.REFIT: refit}
@@ -98,6 +111,8 @@ class Library:
             wanted |= {flag.FP16: precision != "fp32", flag.INT8: precision == "int8"}
         for each, on in wanted.items():
             (config.set_flag if on else config.clear_flag)(each)
+        if effort is not None:
+            config.builder_optimization_level = effort
         config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, workspace)
         if not self.strongly_typed:
             config.set_tactic_sources(0)  # no cuBLAS or cuDNN beside it: its own kernels only

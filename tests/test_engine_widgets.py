@@ -68,3 +68,36 @@ def test_the_phases_of_a_build_add_up():
         )
     assert sorted(ends.values()) == pytest.approx([1.0, 3.001])
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["x", "y", "other"]
+
+
+def test_kernels_are_told_apart_by_their_names():
+    kinds = {
+        "nvjet_sm90_hsh_256x128_64x4_1x2_h_bz_coopA_bias_TNT": "products",
+        "sm90_xmma_gemm_f16f16_f16f32_f32_tn_n_tilesize128x128x64": "products",
+        "linear_kernel": "products",
+        "__myl_GatResAddMulAddNegExpAddDivMulSel": "scores to weights",
+        "__myl_MulTraResCasMeaSub": "norms and gates",
+        "__myl_NegExpResAddDivMulSliResTraSliResTraSliResTraSli": "copies, casts and turns",
+        "attention_kernel": "scores to weights",
+        "triton_poi_fused__to_copy_add_arange_bitwise_and_masked_fill_mul_silu_sub": "scores to weights",
+        "triton_per_fused__to_copy_add_native_layer_norm_view_9": "norms and gates",
+        "Memcpy DtoD (Device -> Device)": "copies, casts and turns",
+        "void at::native::elementwise_kernel<128, 4>": "other pointwise",
+    }
+    assert {name: widgets.kernel_kind(name) for name in kinds} == kinds
+
+
+def test_bars_add_up_to_the_kernels_they_are_made_of():
+    engines_ = {"a": {"gemm_1": 1e-3, "gemm_2": 2e-3, "copy": 5e-4}, "b": {"attention": 4e-3}}
+    axes = widgets.kernel_times(engines_, "test").axes[0]
+    widths = {container.get_label(): [bar.get_width() for bar in container] for container in axes.containers}
+    assert widths["products"] == pytest.approx([3, 0])
+    assert np.sum(list(widths.values()), axis=0) == pytest.approx([3.5, 4])
+
+
+def test_each_way_shows_its_numbers_where_it_has_them():
+    ways = {"eager": {"batch 1": 2.4, "batch 8": 13.3}, "ONNX Runtime": {"batch 1": 90.0}}
+    axes = widgets.engine_ways(ways, "test", "recorded somewhere").axes[0]
+    assert [[bar.get_width() for bar in container] for container in axes.containers] == [[2.4, 90.0], [13.3]]
+    assert {"2.4", "13.3", "90"} <= {text.get_text() for text in axes.texts}
+    assert axes.get_xscale() == "log"

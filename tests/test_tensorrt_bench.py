@@ -1,6 +1,6 @@
 """The benchmark's files at a tiny size: fixed lengths, right answers, operators that an old parser takes, weights that return."""
 
-import dataclasses
+import collections
 import json
 
 import numpy as np
@@ -11,13 +11,17 @@ import pytest
 from hstu_lab import tensorrt_bench as bench
 from hstu_lab.bench_weights import fill, make_weight, strip
 from hstu_lab.config import preset
+from hstu_lab.measure import read_record
 from hstu_lab.tensorrt_build import Request, build
+from hstu_lab.tensorrt_legacy import spelled_out, with_float_weights
 
 CONFIG = preset("tiny").replace(num_layers=1, max_seq_len=600)
 CASES = (
     bench.Case("encoder", "fp16", 16),
     bench.Case("stack", "fp16", 16),
     bench.Case("stack", "int8", 16),
+    bench.Case("stack", "fp16", 16, loose=True),
+    bench.Case("stack", "int8", 16, loose=True),
     bench.Case("ranker", "fp16", 16, (1, 2)),
 )
 REFUSED = {"Range", "Split", "GatherND", "NonZero", "ScatterND"}
@@ -34,7 +38,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_files_give_the_expected_outputs(folder, case):
-    session = onnxruntime.InferenceSession(str(folder / f"{case.name}.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(folder / case.file), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     for batch in case.batches:
         answer = dict(zip(names, session.run(names, bench.make_inputs(case, batch, CONFIG, False))))
@@ -49,14 +53,68 @@ def test_the_files_give_the_expected_outputs(folder, case):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_only_the_batch_is_free_and_an_old_parser_could_take_it(folder, case):
-    proto = onnx.load(folder / f"{case.name}.onnx")
+    proto = onnx.load(folder / case.file)
     assert not {node.op_type for node in proto.graph.node} & REFUSED
     for value in proto.graph.input:
         free = [dim.dim_param for dim in value.type.tensor_type.shape.dim if dim.dim_param]
         assert free == ["batch"]
-    request = Request.of(folder / f"{case.name}.onnx", case.profiles, precision=case.precision, target="sm_80")
+    request = Request.of(folder / case.file, {"batch": (1, 8, 8)}, precision=case.precision, target="sm_80")
     header, _ = build(request, progress=False)
-    assert [profile["batch"][1] for profile in header.profiles] == list(case.batches)
+    assert [profile["batch"][2] for profile in header.profiles] == [8]
+
+
+def test_an_engine_is_for_one_batch_size_and_leaves_nothing_free(folder, monkeypatch):
+    case = CASES[1]
+    of = Request.of
+    monkeypatch.setattr(
+        Request, "of", lambda path, **options: of(path, **options | {"library": "tensorrt_rtx", "target": "sm_80"})
+    )
+    paths = {bench._request(folder, case, batch).onnx for batch in case.batches}
+    assert len(paths) == len(case.batches)
+    header, _ = build(bench._request(folder, case, 8), progress=False)
+    assert header.profiles == ()
+    assert [spec.dims[0] for spec in (*header.inputs, *header.outputs)] == [8] * 5
+    session = onnxruntime.InferenceSession(str(bench._request(folder, case, 8).onnx), providers=["CPUExecutionProvider"])
+    whole = onnxruntime.InferenceSession(str(folder / case.file), providers=["CPUExecutionProvider"])
+    feed = bench.make_inputs(case, 8, CONFIG, False)
+    np.testing.assert_array_equal(session.run(["hidden"], feed)[0], whole.run(["hidden"], feed)[0])
+
+
+def test_loose_graphs_leave_the_choice_of_fp16_to_the_engine(folder):
+    """No float16 in them; the int8 one keeps its Q/DQ. The fp16 engine shares the fp32 one's file."""
+    for case in (case for case in CASES if case.loose):
+        kinds = collections.Counter(tensor.data_type for tensor in onnx.load(folder / case.file).graph.initializer)
+        assert not kinds[onnx.TensorProto.FLOAT16]
+        assert bool(kinds[onnx.TensorProto.INT8]) == (case.precision == "int8")
+    assert bench.Case("stack", "fp16", 16, loose=True).file == bench.Case("stack", "fp32", 16).file
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.precision == "int8"], ids=lambda case: case.name)
+def test_int8_weights_in_the_form_of_tensorrt_8_6_compute_the_same(folder, case):
+    stored = onnx.load(folder / case.file)
+    spelled = with_float_weights(stored)
+    assert {t.data_type for t in stored.graph.initializer if len(t.dims) == 2} >= {onnx.TensorProto.INT8}
+    assert onnx.TensorProto.INT8 not in {t.data_type for t in spelled.graph.initializer if len(t.dims) == 2}
+    feed = bench.make_inputs(case, 8, CONFIG, False)
+    answers = []
+    for model in (stored, spelled):
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        answers.append(session.run(["hidden"], feed)[0])
+    np.testing.assert_array_equal(*answers)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_tensorrt_8_6_is_given_has_no_operator_that_it_misreads_and_computes_the_same(folder, case):
+    stored = onnx.load(folder / case.file)
+    spelled = spelled_out(stored)
+    assert not {"ReduceL2", "ReduceMax", "ReduceMean", "ReduceL1"} & {node.op_type for node in spelled.graph.node}
+    assert case.part != "stack" or "ReduceL2" in {node.op_type for node in stored.graph.node}
+    feed = bench.make_inputs(case, 2, CONFIG, False)
+    answers = []
+    for model in (stored, spelled):
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        answers.append(session.run(None, feed)[0])
+    np.testing.assert_allclose(*answers, rtol=1e-5, atol=1e-6)
 
 
 def test_weights_come_back_as_they_went(folder, tmp_path):
@@ -64,7 +122,7 @@ def test_weights_come_back_as_they_went(folder, tmp_path):
     strip(folder, tmp_path / "light", weights)
     fill(tmp_path / "light", tmp_path / "full", weights)
     for case in CASES:
-        name = f"{case.name}.onnx"
+        name = case.file
         assert (tmp_path / "full" / name).read_bytes() == (folder / name).read_bytes()
         assert json.loads((tmp_path / "light" / name).with_suffix(".json").read_text())
         assert (tmp_path / "light" / name).stat().st_size < (folder / name).stat().st_size
@@ -109,5 +167,13 @@ def test_both_sides_become_one_record(tmp_path, monkeypatch):
     assert record["data"]["stack-fp16-512 b1"]["errors"] == {"hidden": 1e-3}
 
 
-def test_each_batch_size_has_a_profile_of_its_own():
-    assert dataclasses.replace(CASES[0], batches=(1, 8)).profiles == ({"batch": (1, 1, 1)}, {"batch": (8, 8, 8)})
+@pytest.mark.parametrize("name", ["tensorrt_engines", "tensorrt_ways"])
+def test_recorded_engines_are_within_the_tolerances(name):
+    """All outputs but the logits, which are known to be off (notebook 07 says why)."""
+    record = read_record(name, device="nvidia-h200")
+    assert record.versions["tensorrt"].startswith("8.6")
+    engines = {key: found["errors"] for key, found in record.data.items() if "plan_mb" in found}
+    assert engines
+    for key, errors in engines.items():
+        tolerance = {"fp32": 1e-3, "fp16": 5e-3, "int8": 5e-2}[key.split("-")[1]]
+        assert max(errors[output] for output in errors if output != "logits") <= tolerance, key

@@ -16,6 +16,7 @@ from hstu_lab.widgets.cache import (
     trace_explorer,
     trace_map,
 )
+from hstu_lab.widgets.engine_times import engine_ways, kernel_kind, kernel_times, time_by_kind
 from hstu_lab.widgets.engines import (
     EDGE_SETS,
     build_phases,
