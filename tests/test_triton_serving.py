@@ -7,6 +7,13 @@ import torch
 from triton_cases import DEVICE, GPU, LIMITS, error, poison, random_bias, reference, triton_serving
 
 
+def new_rows(cache, counts, seq_lens, table, total):
+    """What the cache holds of each sequence's last `counts` tokens, padded to `total` rows."""
+    page = cache.shape[1]
+    rows = [cache[table[b, p // page], p % page] for b, n in enumerate(seq_lens) for p in range(n - counts[b], n)]
+    return torch.nn.functional.pad(torch.stack(rows), (0, 0, 0, 0, 0, total - len(rows)))
+
+
 def step_case(seed: int, dtype=torch.float32, heads=2, d=16, page=4, longest=48, padding=3, splits=None):
     """(got, expected) of a step of five requests, 0 to `longest` new tokens each, some ending in candidates."""
     draw, g = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -30,10 +37,13 @@ def step_case(seed: int, dtype=torch.float32, heads=2, d=16, page=4, longest=48,
             known["slot_times"][table[b, position // page], position % page] = 777
         new = torch.arange(n - count, n)
         known["query_times"][sum(counts[:b]) + (new >= h).nonzero().flatten().to(DEVICE)] = 777
-    tiles = triton_serving.list_tiles(where[1], where[2], known["history_lens"], q, page, pages * page)
+    tiles = triton_serving.list_tiles(
+        *where, known["history_lens"], q, page, bias=rab, query_times=known["query_times"], slot_times=known["slot_times"]
+    )
     assert (tiles.long is None) == (len(q) <= triton_serving.SHORT)
     poison()
-    got = triton_serving.attention_step(q, keys, values, *where, tiles, **known)[: sum(counts)]
+    k, v = new_rows(keys, counts, seq_lens, table, len(q)), new_rows(values, counts, seq_lens, table, len(q))
+    got = triton_serving.attention_step(q, k, v, keys, values, *where, tiles, **known)[: sum(counts)]
     known["bias"] = reference.RelativeBias(rab.position.float(), rab.time.float())
     known["query_times"] = known["query_times"][: sum(counts)]
     expected = reference.attention_paged(q[: sum(counts)].float(), keys.float(), values.float(), *where, **known)
@@ -60,11 +70,18 @@ def test_every_query_has_one_tile(counts, padding):
     q = torch.empty(sum(counts) + padding, 2, 16, device=DEVICE)
     lens = offsets.diff() + 5
     history = torch.tensor([n + 5 if b % 2 else 25 for b, n in enumerate(counts)]).int().to(DEVICE)
-    tiles = triton_serving.list_tiles(offsets, lens, history, q, 16, 128)
-    size, rows = tiles.long_tiles.block_m, []
+    table, times = (
+        torch.arange(8 * len(counts), device=DEVICE).view(-1, 8),
+        torch.zeros(8 * len(counts), 16, device=DEVICE).long(),
+    )
+    query_times = torch.zeros(len(q), device=DEVICE).long()
+    tiles = triton_serving.list_tiles(
+        table, offsets, lens, history, q, 16, bias=None, query_times=query_times, slot_times=times
+    )  # fmt: skip
+    rows = []
     lists = [(tiles.short, triton_serving.SHORT)]
     if tiles.long is not None:
-        lists += [(tiles.long, size), (tiles.alike, size)]
+        lists += [(tiles.long, tiles.long_tiles.block_m), (tiles.alike, tiles.alike_tiles.block_m)]
     for listed, high in lists:
         for entry in listed.tolist():
             b, tile = divmod(entry, 1 << 16)

@@ -153,10 +153,30 @@ class HSTUForRecommendation(nn.Module):
             attention = self.attention[layer]
             return attention.impl.attend(q, k, v, attention.kv_cache, metadata)
 
-        hidden = self.stack(x.contiguous(), attend)
+        hidden = self._small_step(x, metadata) if self._is_small(x, metadata) else self.stack(x.contiguous(), attend)
         if metadata is not None:
             self.slots.keep_candidates(hidden, gaps, metadata, self.attention[-1].kv_cache)
         return hidden
+
+    def _is_small(self, x: Tensor, metadata) -> bool:
+        if metadata is None or self.gpus > 1 or not self.slots.fused or not self.attention[0].kv_cache.numel():
+            return False  # several GPUs join the moments of the norm between the kernels
+        from hstu_lab.ops.triton_decode import takes
+
+        return takes(x, self.attention[0].kv_cache)
+
+    def _small_step(self, x: Tensor, metadata) -> Tensor:
+        """The stack for a few tokens, three launches a layer: x (T, d_model) -> hidden states (T, d_model)."""
+        from hstu_lab.ops.triton_decode import decode_layer
+
+        x = x.contiguous()
+        for layer, attention in zip(self.stack.layers, self.attention):
+            x = decode_layer(
+                x, layer, attention.kv_cache, metadata.slots, metadata.block_table, metadata.query_offsets, metadata.seq_lens,
+                metadata.history_lens, divisor=self.config.max_seq_len, query_times=metadata.query_times,
+                slot_times=self.slots.times,
+            )  # fmt: skip
+        return self.ops.layer_norm(x, self.stack.final_norm.weight, self.stack.final_norm.bias, self.config.norm_eps)
 
     def task_logits(self, slots: Tensor) -> Tensor:
         """Logits (S, 3) of the tasks for the candidates in those slots (S,)."""
