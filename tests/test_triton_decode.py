@@ -70,10 +70,11 @@ def expected_of(layer, x, cache, step, slot_times, config):
 def decoded(layer, x, cache, step, slot_times, config, tiles=None):
     cache = cache.clone()
     poison()
-    out = triton_decode.decode_layer(
-        x, layer, cache, step.slots, step.block_table, step.query_offsets, step.seq_lens, step.history_lens,
-        divisor=config.max_seq_len, query_times=step.query_times, slot_times=slot_times, tiles=tiles,
+    plan = triton_decode.plan_step(
+        step.block_table, step.query_offsets, step.seq_lens, step.history_lens, len(x), page=cache.shape[1], bias=layer.bias,
+        query_times=step.query_times, slot_times=slot_times,
     )  # fmt: skip
+    out = triton_decode.decode_layer(x, layer, cache, step.slots, step.block_table, plan, divisor=config.max_seq_len, tiles=tiles)
     return out[: int(step.query_offsets[-1])], cache
 
 

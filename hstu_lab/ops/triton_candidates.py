@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hstu_lab.ops.reference import RelativeBias
 from hstu_lab.ops.triton_attention import bucket_of, bucket_tables
-from hstu_lab.ops.triton_runtime import add, check_dtype, interpreted, least, most, silu_of_half
+from hstu_lab.ops.triton_paged import sum_splits_kernel
+from hstu_lab.ops.triton_runtime import add, check_dtype, interpreted, least, most, processors, silu_of_half
 
 ROWS = tl.constexpr(1 << 16)
 """An entry of the list of tiles is ROWS * sequence + tile of its queries."""
@@ -24,13 +25,13 @@ ROWS = tl.constexpr(1 << 16)
 
 @dataclasses.dataclass(frozen=True)
 class CandidateTiles:
-    """Candidates and keys of a tile, warps, pipeline stages."""
+    """Candidates and keys of a tile, warps, pipeline stages, parts that the history is split into."""
 
     block_m: int
     block_n: int
     num_warps: int = 4
     num_stages: int = 3
-    maxnreg: int | None = None
+    splits: int = 1
 
 
 @triton.jit
@@ -84,17 +85,18 @@ def bias_row(
     return bias
 
 
-@triton.jit(do_not_specialize=["tiles_m", "table_row", "positions", "buckets_row"])
+@triton.jit(do_not_specialize=["tiles_m", "total", "splits", "table_row", "positions", "buckets_row"])
 def candidates_kernel(
     Q, Keys, Values, OwnKeys, OwnValues, Out, BlockTable, QueryOffsets, HistoryLens, TileList, Buckets, Position, TimeBias,
     q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, own_k_row, own_k_head, own_v_row, own_v_head, position_head,
-    time_head, table_row, buckets_row, tiles_m, positions, half_scale, out_scale,
+    time_head, table_row, buckets_row, tiles_m, total, splits, positions, half_scale, out_scale,
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, PLAIN: tl.constexpr,
-    HAS_LIST: tl.constexpr,
+    HEADS: tl.constexpr, HAS_LIST: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M candidates of one (sequence, head) against its history and themselves."""
-    head = tl.program_id(0)
+    """BLOCK_M candidates of one (sequence, head) against a part of its history, the first part with themselves; Out is (splits,
+    total, heads, D)."""
+    head, split = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
     b = tl.program_id(1) // tiles_m
     m0 = tl.program_id(1) % tiles_m * BLOCK_M
     if HAS_LIST:
@@ -113,18 +115,21 @@ def candidates_kernel(
         buckets = Buckets + b.to(tl.int64) * buckets_row
         keys_of_head, values_of_head = Keys + head * k_head, Values + head * v_head
         acc = tl.full((BLOCK_M, D_PAD), 0.0, tl.float32)
-        full = history // BLOCK_N * BLOCK_N
+        share = (history // BLOCK_N + splits - 1) // splits * BLOCK_N
+        first = split * share
+        full = least(first + share, history // BLOCK_N * BLOCK_N)
         last = most(history - 1, 0)
         # Two tiles ahead, since each look-up waits for the one before it.
         bucket = tl.full((BLOCK_N,), 0, tl.int32)
+        now = load_now(buckets + least(first + near, last), PLAIN) if HAS_TIME else bucket
         bias = bias_row(
-            Position, TimeBias, load_now(buckets + least(near, last), PLAIN) if HAS_TIME else bucket, near, history, positions,
-            head, position_head, time_head, HAS_POSITION, HAS_TIME, PLAIN,
+            Position, TimeBias, now, first + near, history, positions, head, position_head, time_head, HAS_POSITION, HAS_TIME,
+            PLAIN,
         )  # fmt: skip
         if HAS_TIME:
-            bucket = load_now(buckets + least(near + BLOCK_N, last), PLAIN)
-        page = load_now(table + least(near, last) // PAGE, PLAIN)
-        for n0 in range(0, full, BLOCK_N):
+            bucket = load_now(buckets + least(first + BLOCK_N + near, last), PLAIN)
+        page = load_now(table + least(first + near, last) // PAGE, PLAIN)
+        for n0 in range(first, full, BLOCK_N):
             coming_page = load_now(table + least(n0 + BLOCK_N + near, last) // PAGE, PLAIN)
             coming = bias_row(
                 Position, TimeBias, bucket, n0 + BLOCK_N + near, history, positions, head, position_head, time_head,
@@ -145,9 +150,16 @@ def candidates_kernel(
             acc = tl.dot(silu_of_half(half, EXACT).to(q.dtype), v, acc, input_precision=PRECISION)
             bias = coming
             page = coming_page
-        if full < history:
-            slot = (full + near) % PAGE
-            there = full + near < history
+        if (split == splits - 1) & (history % BLOCK_N > 0):
+            end = history // BLOCK_N * BLOCK_N
+            page = load_now(table + least(end + near, last) // PAGE, PLAIN)
+            bucket = load_now(buckets + least(end + near, last), PLAIN) if HAS_TIME else bucket
+            bias = bias_row(
+                Position, TimeBias, bucket, end + near, history, positions, head, position_head, time_head, HAS_POSITION,
+                HAS_TIME, PLAIN,
+            )  # fmt: skip
+            slot = (end + near) % PAGE
+            there = end + near < history
             k_rows = keys_of_head + (page.to(tl.int64) * k_page + slot * k_slot)[None, :] + dims[:, None]
             v_rows = values_of_head + (page.to(tl.int64) * v_page + slot * v_slot)[:, None] + dims[None, :]
             # Slots that no token was written to may hold anything, and 0 x NaN is NaN: they are not even loaded.
@@ -156,27 +168,33 @@ def candidates_kernel(
             half = tl.dot(q, k, input_precision=PRECISION) * half_scale + bias[None, :]
             half = tl.where(there[None, :], half, 0.0)
             acc = tl.dot(silu_of_half(half, EXACT).to(q.dtype), v, acc, input_precision=PRECISION)
-        k_own = tl.load(OwnKeys + token * own_k_row + head * own_k_head + dims[None, :], mask=real, other=0.0)
-        v_own = tl.load(OwnValues + token * own_v_row + head * own_v_head + dims[None, :], mask=real, other=0.0)
-        half = tl.reduce(q.to(tl.float32) * k_own.to(tl.float32), 1, add) * half_scale
-        if HAS_POSITION:
-            half += 0.5 * tl.load(Position + head * position_head).to(tl.float32)
-        if HAS_TIME:
-            half += 0.5 * tl.load(TimeBias + head * time_head).to(tl.float32)
-        acc += silu_of_half(half, EXACT)[:, None] * v_own.to(tl.float32)
-        o_rows = Out + (token * tl.num_programs(0) + head) * D + dims[None, :]
+        if split == 0:
+            k_own = tl.load(OwnKeys + token * own_k_row + head * own_k_head + dims[None, :], mask=real, other=0.0)
+            v_own = tl.load(OwnValues + token * own_v_row + head * own_v_head + dims[None, :], mask=real, other=0.0)
+            half = tl.reduce(q.to(tl.float32) * k_own.to(tl.float32), 1, add) * half_scale
+            if HAS_POSITION:
+                half += 0.5 * tl.load(Position + head * position_head).to(tl.float32)
+            if HAS_TIME:
+                half += 0.5 * tl.load(TimeBias + head * time_head).to(tl.float32)
+            acc += silu_of_half(half, EXACT)[:, None] * v_own.to(tl.float32)
+        o_rows = Out + ((split.to(tl.int64) * total + token) * HEADS + head) * D + dims[None, :]
         tl.store(o_rows, (acc * out_scale).to(Out.dtype.element_ty), mask=real)
 
 
-def default_tiles(dtype: torch.dtype, d: int, total: int) -> CandidateTiles:
-    """Tiles for `total` queries of head width d."""
+def default_tiles(like: Tensor) -> CandidateTiles:
+    """Tiles for queries `like` (T, H, d), the fastest on an H200 among those tried."""
+    total, heads, d = like.shape
     if interpreted():
-        return CandidateTiles(16, 16)
-    if dtype == torch.float32:
+        return CandidateTiles(16, 16, splits=2)
+    if like.dtype == torch.float32:
         return CandidateTiles(16, 32, num_stages=2)
-    if d > 128:
-        return CandidateTiles(64, 32)
-    return CandidateTiles(64, 64) if total <= 1024 or d > 64 else CandidateTiles(128, 64, num_warps=8)
+    if d > 64:
+        return CandidateTiles(64, 64 if d <= 128 else 32)
+    programs = heads * triton.cdiv(total, 64)
+    if programs > 2 * processors(like):
+        return CandidateTiles(128, 64)
+    # One user's candidates do not fill the GPU; in small steps the parts of others would be added up with theirs.
+    return CandidateTiles(64, 128, splits=2 if total > 64 and programs <= processors(like) else 1)
 
 
 def time_buckets(
@@ -211,28 +229,32 @@ def attention_candidates(
 
     q, own_keys, own_values (T, H, d): all new tokens are candidates, `max_queries` of a sequence at the most (without it T). Or
     tile_list (L,) int32 names the tiles of `tiles.block_m` queries that are (see `hstu_lab.ops.triton_serving.list_tiles`), and
-    the other rows of `out` (T, H, d) are left as they are. buckets from `time_buckets`; other shapes as in `attention_paged`.
+    the other rows of `out` (T, H, d) are left as they are, or undefined where `tiles.splits` is above 1. buckets from
+    `time_buckets`; other shapes as in `attention_paged`.
     Raises TypeError for dtypes that the kernel does not take.
     """
     check_dtype(q=q, key_cache=key_cache, value_cache=value_cache, own_keys=own_keys, own_values=own_values)
     total, heads, d = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    tiles = tiles or default_tiles(q.dtype, d, total)
+    tiles = tiles or default_tiles(q)
     tiles_m = triton.cdiv(max_queries or total, tiles.block_m)
     programs = len(history_lens) * tiles_m if tile_list is None else len(tile_list)
     if not programs:
         return out
     position, time = (bias.position, bias.time) if bias else (None, None)
-    candidates_kernel[(heads, programs)](
-        q, key_cache, value_cache, own_keys, own_values, out, block_table, query_offsets, history_lens, tile_list,
+    parts = out if tiles.splits == 1 else torch.empty(tiles.splits, *out.shape, dtype=torch.float32, device=q.device)
+    candidates_kernel[(heads * tiles.splits, programs)](
+        q, key_cache, value_cache, own_keys, own_values, parts, block_table, query_offsets, history_lens, tile_list,
         block_table if buckets is None else buckets, position, time, *q.stride()[:2], *key_cache.stride()[:3],
         *value_cache.stride()[:3], *own_keys.stride()[:2], *own_values.stride()[:2],
         *(0 if part is None else part.stride(0) for part in (position, time)), block_table.stride(0),
-        0 if buckets is None else buckets.stride(0), tiles_m, 0 if position is None else position.shape[1], 0.5 * d**-0.5,
-        1 / divisor, D=d, D_PAD=max(16, triton.next_power_of_2(d)), PAGE=key_cache.shape[1], BLOCK_M=tiles.block_m,
+        0 if buckets is None else buckets.stride(0), tiles_m, total, tiles.splits,
+        0 if position is None else position.shape[1], 0.5 * d**-0.5, 1 / divisor,
+        D=d, D_PAD=max(16, triton.next_power_of_2(d)), PAGE=key_cache.shape[1], BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n, HAS_POSITION=position is not None, HAS_TIME=time is not None,
         EXACT=q.dtype == torch.float32 or interpreted(), PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        PLAIN=interpreted(), HAS_LIST=tile_list is not None, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        **({} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg}),
+        PLAIN=interpreted(), HEADS=heads, HAS_LIST=tile_list is not None, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
+    if tiles.splits > 1:
+        sum_splits_kernel[(triton.cdiv(out.numel(), 1024),)](parts, out, out.numel(), tiles.splits, BLOCK=1024)
     return out

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hstu_lab.ops.reference import RelativeBias
 from hstu_lab.ops.triton_attention import bucket_of, bucket_tables
 from hstu_lab.ops.triton_runtime import add, capability, interpreted, least, most, processors, silu_of_half
 
@@ -31,27 +32,37 @@ class DecodeTiles:
     """Output columns of a program of each projection and its warps, keys of a tile of the attention, its warps and splits."""
 
     enter: int = 32
-    enter_warps: int = 8
-    keys: int = 256
-    keys_warps: int = 8
-    splits: int = 2
+    enter_warps: int = 4
+    keys: int = 64
+    keys_warps: int = 4
+    splits: int = 4
     leave: int = 16
     leave_warps: int = 8
     pdl: bool = True
-    maxnreg: int | None = None
+    fetch: bool = True
+    keys_stages: int = 1
 
 
 @triton.jit
-def normed(x, NormWeight, NormBias, depth, eps, DEPTH: tl.constexpr, FULL: tl.constexpr):
-    """LayerNorm of rows x (groups, M, chunk) float32 over groups and chunk; `depth` (groups, 1, chunk) is the column."""
+def add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def normed(x, shift, NormWeight, NormBias, depth, eps, DEPTH: tl.constexpr, FULL: tl.constexpr):
+    """LayerNorm of rows x (groups, M, chunk) float32 over groups and chunk; `depth` (groups, 1, chunk) is the column.
+
+    Both moments in one sweep, about the number `shift` (M,) of each row: one of its elements, so that nothing cancels.
+    """
     weight = tl.load(NormWeight + depth, mask=depth < DEPTH, other=0.0).to(tl.float32)
     bias = tl.load(NormBias + depth, mask=depth < DEPTH, other=0.0).to(tl.float32)
-    mean = tl.reduce(tl.reduce(x, 2, add), 0, add) / DEPTH
-    centred = x - mean[None, :, None]
+    x -= shift[None, :, None]
     if not FULL:
-        centred = tl.where(depth < DEPTH, centred, 0.0)
-    variance = tl.reduce(tl.reduce(centred * centred, 2, add), 0, add) / DEPTH
-    return centred * (1 / tl.sqrt(variance + eps))[None, :, None] * weight + bias
+        x = tl.where(depth < DEPTH, x, 0.0)
+    mean, square = tl.reduce(tl.reduce((x, x * x), 2, add_both), 0, add_both)
+    mean /= DEPTH
+    scale = 1 / tl.sqrt(most(square / DEPTH - mean * mean, 0.0) + eps)
+    return (x - mean[None, :, None]) * scale[None, :, None] * weight + bias
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
@@ -77,7 +88,8 @@ def enter_kernel(
         gdc_wait()
         gdc_launch_dependents()
     x = tl.load(X + row.to(tl.int64)[None, :, None] * x_row + depth, mask=x_mask, other=0.0).to(tl.float32)
-    y = normed(x, NormWeight, NormBias, depth, eps, DEPTH, GROUPS * CHUNK == DEPTH).to(w.dtype)
+    shift = tl.load(X + row.to(tl.int64) * x_row, mask=row < rows, other=0.0).to(tl.float32)
+    y = normed(x, shift, NormWeight, NormBias, depth, eps, DEPTH, GROUPS * CHUNK == DEPTH).to(w.dtype)
     acc = tl.reduce(tl.dot(w, tl.permute(y, (0, 2, 1)), input_precision=PRECISION), 0, add)
     out = silu_of_half(0.5 * (acc + bias[:, None]), EXACT).to(Out.dtype.element_ty)
     # Columns are those of U, V, Q and K, one after another, each by heads.
@@ -90,155 +102,107 @@ def enter_kernel(
     tl.store(to, out.to(Cache.dtype.element_ty), mask=inside & (part % 2 == 1)[:, None] & (slot >= 0)[None, :])
 
 
-@triton.jit
-def key_bias(
-    Position, TimeBias, Cells, SlotTimes, slot, keys, there, q_position, q_time, positions, head, position_head, time_head,
-    HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr,
+@triton.jit(do_not_specialize=["batch", "table_row", "time_page", "longest"])
+def plan_kernel(
+    BlockTable, QueryOffsets, SeqLens, HistoryLens, QueryTimes, SlotTimes, Cells, Plan, Buckets, table_row, time_page, longest,
+    batch, BATCH_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, HAS_TIME: tl.constexpr,
 ):  # fmt: skip
-    """Half the bias (N,) of keys in those slots for one query."""
-    bias = tl.full(keys.shape, 0.0, tl.float32)
-    if HAS_POSITION:
-        distance = least(most(q_position - keys, 0), positions - 1)
-        bias += 0.5 * tl.load(Position + head * position_head + distance, mask=there, other=0.0).to(tl.float32)
+    """What one token sees, for all layers: Plan (T, 4) its sequence, its last key, its own key and how many keys, 0 for padding;
+    Buckets (T, longest) the time bucket of each."""
+    token = tl.program_id(1)
+    lane = tl.arange(0, BATCH_PAD)
+    ends = tl.load(QueryOffsets + 1 + lane, mask=lane < batch, other=1 << 30)
+    b = tl.reduce((ends <= token).to(tl.int32), 0, add)
+    known = b < batch
+    b = least(b, batch - 1)
+    own = tl.load(SeqLens + b).to(tl.int32) - tl.load(QueryOffsets + b + 1).to(tl.int32) + token
+    last = least(own, tl.load(HistoryLens + b).to(tl.int32) - 1)
+    count = tl.where(known, last + 1 + tl.where(own > last, 1, 0), 0)
+    if tl.program_id(0) == 0:
+        to = Plan + token * 4
+        tl.store(to, b)
+        tl.store(to + 1, last)
+        tl.store(to + 2, own)
+        tl.store(to + 3, count)
     if HAS_TIME:
-        # Noted in this very step, by a kernel that has ended: from L2, where it surely is.
-        apart = tl.abs(q_time - tl.load(SlotTimes + slot, mask=there, other=0, cache_modifier=".cg"))
+        index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        there = index < count
+        key = tl.where(index <= last, index, own)
+        page = tl.load(BlockTable + b.to(tl.int64) * table_row + key // PAGE, mask=there, other=0).to(tl.int64)
+        apart = tl.abs(tl.load(QueryTimes + token) - tl.load(SlotTimes + page * time_page + key % PAGE, mask=there, other=0))
         bucket = bucket_of(least(apart, 2147483646).to(tl.int32), Cells)
-        bias += 0.5 * tl.load(TimeBias + head * time_head + bucket, mask=there, other=0.0).to(tl.float32)
-    return bias
+        tl.store(Buckets + token.to(tl.int64) * longest + index, bucket, mask=there)
 
 
 @triton.jit
-def weighted(q, k, v, bias, there, half_scale, EXACT: tl.constexpr):
-    """Sum (D,) over keys of SiLU(score) v. q (D,), k and v (N, D), bias and there (N,)."""
-    half = tl.reduce(k.to(tl.float32) * q[None, :], 1, add) * half_scale + bias
-    weights = silu_of_half(tl.where(there, half, 0.0), EXACT)
-    return tl.reduce(v.to(tl.float32) * weights[:, None], 0, add)
+def rows_of(Cache, table, key, there, head, c_page, c_slot, c_head, PAGE: tl.constexpr):
+    """Address (N,) of the keys of one head; of any where there is none."""
+    page = tl.load(table + key // PAGE, mask=there, other=0, cache_modifier=".cg").to(tl.int64)
+    return Cache + head * c_head + (page * c_page + key % PAGE * c_slot)
 
 
 @triton.jit
-def slots_of(table, keys, there, PAGE: tl.constexpr):
-    """Slot (N,) int64 of the keys; 0 where there is none."""
-    return tl.load(table + keys // PAGE, mask=there, other=0, cache_modifier=".cg").to(tl.int64) * PAGE + keys % PAGE
-
-
-@triton.jit
-def cached_rows(base, slot, dims, there, c_page, c_slot, PAGE: tl.constexpr, D: tl.constexpr):
-    """Rows (N, D_PAD) of one head in those slots."""
-    rows = base + (slot // PAGE * c_page + slot % PAGE * c_slot)[:, None] + dims[None, :]
-    return tl.load(rows, mask=there[:, None] & (dims < D)[None, :], other=0.0, cache_modifier=".cg")
-
-
-@triton.jit
-def keys_of_tile(
-    q, keys_of_head, table, keys, there, dims, Position, TimeBias, Cells, SlotTimes, position, q_time, positions, head,
-    position_head, time_head, c_page, c_slot, half_scale, HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr,
-    PAGE: tl.constexpr, D: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """What the keys (N,) of one sequence add to the output (D,) of one query and head."""
-    slot = slots_of(table, keys, there, PAGE)
-    k = cached_rows(keys_of_head, slot, dims, there, c_page, c_slot, PAGE, D)
-    v = cached_rows(keys_of_head + D, slot, dims, there, c_page, c_slot, PAGE, D)
-    bias = key_bias(
-        Position, TimeBias, Cells, SlotTimes, slot, keys, there, position, q_time, positions, head, position_head, time_head,
-        HAS_POSITION, HAS_TIME,
+def fetch(rows, bytes):
+    """Have L2 fetch so many bytes from each address."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r", [rows, bytes], dtype=tl.int32, is_pure=False,
+        pack=1,
     )  # fmt: skip
-    return weighted(q, k, v, bias, there, half_scale, EXACT)
 
 
-@triton.jit(do_not_specialize=["batch", "slots", "splits", "table_row", "positions", "total"])
+@triton.jit(do_not_specialize=["table_row", "splits", "positions", "longest", "total"])
 def attend_kernel(
-    Projected, Cache, Parts, BlockTable, QueryOffsets, SeqLens, HistoryLens, QueryTimes, SlotTimes, Slots, Position, TimeBias,
-    Cells, c_page, c_slot, c_head, position_head, time_head, table_row, total, batch, slots, splits, positions, half_scale,
-    out_scale, HEADS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    NEW: tl.constexpr, PAGES: tl.constexpr, BATCH_PAD: tl.constexpr, SLOTS_PAD: tl.constexpr, HAS_POSITION: tl.constexpr,
-    HAS_TIME: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+    Projected, Cache, Parts, BlockTable, Plan, Buckets, Position, TimeBias, c_page, c_slot, c_head, position_head, time_head,
+    table_row, total, longest, splits, positions, half_scale, out_scale, HEADS: tl.constexpr, D: tl.constexpr,
+    D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr,
+    EXACT: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token and head against its part of the cached keys; Parts is (splits, total, heads, D) float32."""
+    """One token and head against its part of the keys; Parts is (splits, total, heads, D) float32, zeros for padding."""
     head = tl.program_id(0) % HEADS
     split = tl.program_id(0) // HEADS
     token = tl.program_id(1)
-    lane = tl.arange(0, BATCH_PAD)
-    ends = tl.load(QueryOffsets + 1 + lane, mask=lane < batch, other=1 << 30, cache_modifier=".cg")
-    b = tl.reduce((ends <= token).to(tl.int32), 0, add)
-    if b < batch:
-        start = tl.load(QueryOffsets + b, cache_modifier=".cg").to(tl.int32)
-        count = tl.load(QueryOffsets + b + 1, cache_modifier=".cg").to(tl.int32) - start
-        seq_len = tl.load(SeqLens + b, cache_modifier=".cg").to(tl.int32)
-        history = tl.load(HistoryLens + b, cache_modifier=".cg").to(tl.int32)
-        table = BlockTable + b.to(tl.int64) * table_row
-        old = seq_len - count
-        own = old + token - start
-        position = least(own, history)
-        last = least(position, history - 1)
-        q_time = tl.full((1,), 0, tl.int64)
+    b = tl.load(Plan + token * 4, cache_modifier=".cg")
+    last = tl.load(Plan + token * 4 + 1, cache_modifier=".cg")
+    own = tl.load(Plan + token * 4 + 2, cache_modifier=".cg")
+    count = tl.load(Plan + token * 4 + 3, cache_modifier=".cg")
+    table = BlockTable + b.to(tl.int64) * table_row
+    share = ((count + splits - 1) // splits + 7) // 8 * 8
+    first = split * share
+    end = least(count, first + share)
+    near, dims = tl.arange(0, BLOCK_N), tl.arange(0, D_PAD)
+    if PDL:
+        # The cached keys and values come from memory while the projection still runs; L2 sees what that one adds.
+        if FETCH:
+            for n0 in range(first, end, 2 * BLOCK_N):
+                wanted = least(n0 + tl.arange(0, 2 * BLOCK_N), end - 1)
+                key = tl.where(wanted <= last, wanted, own)
+                rows = rows_of(Cache, table, key, key >= 0, head, c_page, c_slot, c_head, PAGE)
+                fetch(rows, tl.full((2 * BLOCK_N,), FETCH, tl.int32))
+        gdc_wait()
+        gdc_launch_dependents()
+    q = tl.load(Projected + token.to(tl.int64) * (2 * HEADS * D) + HEADS * D + head * D + dims, mask=dims < D, other=0.0)
+    q = q.to(tl.float32)
+    acc = tl.full((D_PAD,), 0.0, tl.float32)
+    for n0 in range(first, end, BLOCK_N):
+        index = n0 + near
+        there = index < end
+        key = tl.where(index <= last, index, own)
+        rows = rows_of(Cache, table, key, there, head, c_page, c_slot, c_head, PAGE)
+        inside = there[:, None] & (dims < D)[None, :]
+        k = tl.load(rows[:, None] + dims[None, :], mask=inside, other=0.0, cache_modifier=".cg")
+        v = tl.load(rows[:, None] + D + dims[None, :], mask=inside, other=0.0, cache_modifier=".cg")
+        half = tl.full((BLOCK_N,), 0.0, tl.float32)
+        if HAS_POSITION:
+            distance = least(most(last + tl.where(own > last, 1, 0) - key, 0), positions - 1)
+            half += 0.5 * tl.load(Position + head * position_head + distance, mask=there, other=0.0).to(tl.float32)
         if HAS_TIME:
-            q_time = tl.load(QueryTimes + token + tl.arange(0, 1), cache_modifier=".cg")
-        dims = tl.arange(0, D_PAD)
-        keys_of_head = Cache + head * c_head
-        # This program's share of the keys that were cached before this step.
-        seen = least(old, last + 1)
-        share = ((seen + splits - 1) // splits + 15) // 16 * 16
-        first = split * share
-        end = least(seen, first + share)
-        keys = first + tl.arange(0, BLOCK_N)
-        there = keys < end
-        slot = slots_of(table, keys, there, PAGE)
-        k = cached_rows(keys_of_head, slot, dims, there, c_page, c_slot, PAGE, D)
-        v = cached_rows(keys_of_head + D, slot, dims, there, c_page, c_slot, PAGE, D)
-        bias = key_bias(
-            Position, TimeBias, Cells, SlotTimes, slot, keys, there, position, q_time, positions, head, position_head, time_head,
-            HAS_POSITION, HAS_TIME,
-        )  # fmt: skip
-        # A request may begin with a block that another one fills in this very step.
-        number, near = tl.arange(0, SLOTS_PAD), first // PAGE + tl.arange(0, PAGES)
-        new_slots = tl.load(Slots + number, mask=number < slots, other=-1, cache_modifier=".cg").to(tl.int32)
-        pages = tl.load(table + near, mask=near * PAGE < end, other=-1, cache_modifier=".cg").to(tl.int32)
-        filling = tl.where(new_slots >= 0, new_slots // PAGE, -2)
-        stale = tl.reduce(tl.reduce((pages[:, None] == filling[None, :]).to(tl.int32), 1, most), 0, most)
-        fresh = old + tl.arange(0, NEW)
-        fresh_there = (fresh <= tl.where(split == 0, last, -1)) | (fresh == tl.where(split == 0, own, -1))
-        fresh_slot = slots_of(table, fresh, fresh_there, PAGE)
-        fresh_bias = key_bias(
-            Position, TimeBias, Cells, SlotTimes, fresh_slot, fresh, fresh_there, position, q_time, positions, head,
-            position_head, time_head, HAS_POSITION, HAS_TIME,
-        )  # fmt: skip
-        if PDL:
-            gdc_wait()
-            gdc_launch_dependents()
-        q = tl.load(Projected + token.to(tl.int64) * (2 * HEADS * D) + HEADS * D + head * D + dims, mask=dims < D, other=0.0).to(
-            tl.float32
-        )
-        k_new = cached_rows(keys_of_head, fresh_slot, dims, fresh_there, c_page, c_slot, PAGE, D)
-        v_new = cached_rows(keys_of_head + D, fresh_slot, dims, fresh_there, c_page, c_slot, PAGE, D)
-        if stale > 0:
-            k = cached_rows(keys_of_head, slot, dims, there, c_page, c_slot, PAGE, D)
-            v = cached_rows(keys_of_head + D, slot, dims, there, c_page, c_slot, PAGE, D)
-        acc = weighted(q, k, v, bias, there, half_scale, EXACT)
-        acc += weighted(q, k_new, v_new, fresh_bias, fresh_there, half_scale, EXACT)
-        for n0 in range(first + BLOCK_N, end, BLOCK_N):
-            more = n0 + tl.arange(0, BLOCK_N)
-            acc += keys_of_tile(
-                q, keys_of_head, table, more, more < end, dims, Position, TimeBias, Cells, SlotTimes, position, q_time, positions,
-                head, position_head, time_head, c_page, c_slot, half_scale, HAS_POSITION, HAS_TIME, PAGE, D, EXACT,
-            )  # fmt: skip
-        if split == 0:
-            for n0 in range(old + NEW, own + 1, NEW):
-                newer = n0 + tl.arange(0, NEW)
-                acc += keys_of_tile(
-                    q, keys_of_head, table, newer, (newer <= last) | (newer == own), dims, Position, TimeBias, Cells, SlotTimes,
-                    position, q_time, positions, head, position_head, time_head, c_page, c_slot, half_scale, HAS_POSITION,
-                    HAS_TIME, PAGE, D, EXACT,
-                )  # fmt: skip
-        to = Parts + ((split.to(tl.int64) * total + token) * HEADS + head) * D + dims
-        tl.store(to, acc * out_scale, mask=dims < D)
-    else:  # padding: zeros, since what lies there could be anything
-        dims = tl.arange(0, D_PAD)
-        to = Parts + ((split.to(tl.int64) * total + token) * HEADS + head) * D + dims
-        if PDL:
-            gdc_wait()
-            gdc_launch_dependents()
-        tl.store(to, tl.full((D_PAD,), 0.0, tl.float32), mask=dims < D)
+            bucket = tl.load(Buckets + token.to(tl.int64) * longest + index, mask=there, other=0, cache_modifier=".cg")
+            half += 0.5 * tl.load(TimeBias + head * time_head + bucket, mask=there, other=0.0).to(tl.float32)
+        half += tl.reduce(k.to(tl.float32) * q[None, :], 1, add) * half_scale
+        weights = silu_of_half(tl.where(there, half, 0.0), EXACT)
+        acc += tl.reduce(v.to(tl.float32) * weights[:, None], 0, add)
+    to = Parts + ((split.to(tl.int64) * total + token) * HEADS + head) * D + dims
+    tl.store(to, acc * out_scale, mask=dims < D)
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
@@ -270,7 +234,8 @@ def leave_kernel(
     attended = tl.load(parts, mask=x_mask, other=0.0)
     for split in tl.static_range(1, SPLITS):
         attended += tl.load(parts + split * rows.to(tl.int64) * DEPTH, mask=x_mask, other=0.0)
-    y = normed(attended, NormWeight, NormBias, depth, eps, DEPTH, GROUPS * CHUNK == DEPTH)
+    shift = tl.load(Parts + row * DEPTH, mask=row < rows, other=0.0)
+    y = normed(attended, shift, NormWeight, NormBias, depth, eps, DEPTH, GROUPS * CHUNK == DEPTH)
     y = (y * gate.to(tl.float32)).to(w.dtype)
     acc = tl.reduce(tl.dot(w, tl.permute(y, (0, 2, 1)), input_precision=PRECISION), 0, add)
     acc += bias[:, None] + x.to(tl.float32)
@@ -278,11 +243,41 @@ def leave_kernel(
 
 
 def default_tiles(tokens: int, heads: int, like: Tensor) -> DecodeTiles:
-    """Tiles for a step of `tokens` tokens."""
+    """Tiles for a step of `tokens` tokens, the fastest on an H200 among those tried."""
     if interpreted():
         return DecodeTiles(16, 2, 16, 4, 2, 16, 2, pdl=False)
-    splits = max(1, min(2 * processors(like) // (tokens * heads), 8))
+    splits = max(1, min(4 * processors(like) // (tokens * heads), 8))
     return DecodeTiles(splits=splits, pdl=capability(like) >= 90)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """What the tokens of a step see, for all of its layers: see `plan_step`."""
+
+    tokens: Tensor
+    buckets: Tensor | None
+
+
+def plan_step(
+    block_table: Tensor, query_offsets: Tensor, seq_lens: Tensor, history_lens: Tensor, tokens: int, *, page: int,
+    bias: RelativeBias | None, query_times: Tensor | None, slot_times: Tensor | None,
+) -> StepPlan:  # fmt: skip
+    """Which keys each of `tokens` new tokens sees, and their time buckets; `bias` of any layer says which parts there are.
+
+    page: the cache's block size; shapes of the rest as in `attention_paged`, tokens behind query_offsets[-1] are padding.
+    """
+    timed = bias is not None and bias.time is not None
+    batch, longest, device = query_offsets.shape[0] - 1, block_table.shape[1] * page, block_table.device
+    plan = torch.empty(tokens, 4, dtype=torch.int32, device=device)
+    buckets = torch.empty(tokens, longest, dtype=torch.int32, device=device) if timed else None
+    block = 64 if interpreted() else 256
+    plan_kernel[(triton.cdiv(longest, block) if timed else 1, tokens)](
+        block_table, query_offsets, seq_lens, history_lens, query_times, slot_times,
+        bucket_tables(bias.time.shape[1], device)[1] if timed else None, plan, buckets, block_table.stride(0),
+        slot_times.stride(0) if timed else 0, longest, batch, BATCH_PAD=max(16, triton.next_power_of_2(batch)), PAGE=page,
+        BLOCK=block, HAS_TIME=timed,
+    )  # fmt: skip
+    return StepPlan(plan, buckets)
 
 
 def _groups(depth: int, warps: int) -> tuple[int, int]:
@@ -300,14 +295,13 @@ def takes(x: Tensor, cache: Tensor) -> bool:
 
 
 def decode_layer(
-    x: Tensor, layer, cache: Tensor, slots: Tensor, block_table: Tensor, query_offsets: Tensor, seq_lens: Tensor,
-    history_lens: Tensor, *, divisor: float, query_times: Tensor | None, slot_times: Tensor | None,
+    x: Tensor, layer, cache: Tensor, slots: Tensor, block_table: Tensor, plan: StepPlan, *, divisor: float,
     tiles: DecodeTiles | None = None,
 ) -> Tensor:  # fmt: skip
     """One HSTU layer for the new tokens of a step: x (T, d_model) -> (T, d_model); their keys and values go to the cache.
 
     layer: an `hstu_lab.model.HSTULayer` with d_qk = d_v = d. cache (blocks, block_size, H, 2 d), keys before values; slots (at
-    most T,), negative for padding; shapes of the rest as in `attention_paged`. Rows of padding come out undefined.
+    most T,), negative for padding; block_table (B, blocks); plan from `plan_step`. Rows of padding come out undefined.
     """
     rows, d_model = x.shape
     page, heads, d = cache.shape[1], cache.shape[2], cache.shape[3] // 2
@@ -315,7 +309,6 @@ def decode_layer(
     tiles = tiles or default_tiles(rows, heads, x)
     eps, bias = layer.eps, layer.bias
     position, time = (bias.position, bias.time) if bias else (None, None)
-    batch = query_offsets.shape[0] - 1
     padded = 8 if rows <= 8 and not interpreted() else 16
     options = {"launch_pdl": True} if tiles.pdl else {}
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
@@ -330,16 +323,15 @@ def decode_layer(
         PRECISION=precision, PDL=tiles.pdl, num_warps=tiles.enter_warps, num_stages=1, **options,
     )  # fmt: skip
     parts = torch.empty(tiles.splits, rows, width, dtype=torch.float32, device=x.device)
+    row_bytes = 2 * d * cache.element_size()
     attend_kernel[(heads * tiles.splits, rows)](
-        projected, cache, parts, block_table, query_offsets, seq_lens, history_lens, query_times, slot_times, slots, position,
-        time, None if time is None else bucket_tables(time.shape[1], x.device)[1], *cache.stride()[:3],
-        0 if position is None else position.stride(0), 0 if time is None else time.stride(0), block_table.stride(0), rows, batch,
-        len(slots), tiles.splits, 0 if position is None else position.shape[1], 0.5 * d**-0.5, 1 / divisor,
-        HEADS=heads, D=d, D_PAD=max(16, triton.next_power_of_2(d)), PAGE=page, BLOCK_N=tiles.keys, NEW=16,
-        PAGES=max(4, 2 * tiles.keys // page), BATCH_PAD=max(16, triton.next_power_of_2(batch)),
-        SLOTS_PAD=max(16, triton.next_power_of_2(len(slots))),
-        HAS_POSITION=position is not None, HAS_TIME=time is not None, EXACT=exact, PDL=tiles.pdl, num_warps=tiles.keys_warps,
-        num_stages=1, **options, **({} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg}),
+        projected, cache, parts, block_table, plan.tokens, plan.buckets, position, time, *cache.stride()[:3],
+        0 if position is None else position.stride(0), 0 if time is None else time.stride(0), block_table.stride(0), rows,
+        0 if time is None else plan.buckets.stride(0), tiles.splits, 0 if position is None else position.shape[1],
+        0.5 * d**-0.5, 1 / divisor, HEADS=heads, D=d, D_PAD=max(16, triton.next_power_of_2(d)), PAGE=page, BLOCK_N=tiles.keys,
+        HAS_POSITION=position is not None, HAS_TIME=time is not None, EXACT=exact,
+        FETCH=row_bytes if row_bytes % 16 == 0 and tiles.fetch else 0, PDL=tiles.pdl, num_warps=tiles.keys_warps,
+        num_stages=tiles.keys_stages, **options,
     )  # fmt: skip
     result = torch.empty(rows, d_model, dtype=x.dtype, device=x.device)
     groups, chunk = _groups(width, tiles.leave_warps)

@@ -86,13 +86,13 @@ def list_tiles(
     total, heads, d = like.shape
     small = default_tiles(like.dtype, d, page, SHORT, capability(like))
     if interpreted():
-        splits = 2
+        splits = 1 if total > SHORT else 2
     else:
         splits = min((4 if d <= 64 else 2) * processors(like) // (batch * heads), triton.cdiv(longest, 2 * small.block_n), 16)
     # The splits of a large step would have to be added up for all of its rows, and it fills the GPU without them.
     small = dataclasses.replace(small, splits=max(1, splits) if total <= 4 * SHORT else 1)
     large = default_tiles(like.dtype, d, page, 512, capability(like))
-    alike_tiles = triton_candidates.default_tiles(like.dtype, d, total)
+    alike_tiles = triton_candidates.default_tiles(like)
     alike_tiles = dataclasses.replace(alike_tiles, block_m=min(alike_tiles.block_m, large.block_m))
     short = torch.empty(batch, dtype=torch.int32, device=query_offsets.device)
     lengths = [total // size + min(batch, total // (SHORT + 1)) for size in (large.block_m, alike_tiles.block_m)]
@@ -122,11 +122,20 @@ def attention_step(
     common = {
         "divisor": divisor, "bias": bias, "query_times": query_times, "slot_times": slot_times, "history_lens": history_lens,
     }  # fmt: skip
-    out = attention_paged(*where, **common, max_queries=SHORT, tiles=tiles.short_tiles, tile_list=tiles.short)
-    if tiles.long is not None:
-        attention_paged(*where, **common, max_queries=q.shape[0], tiles=tiles.long_tiles, tile_list=tiles.long, out=out)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+
+    def alike() -> None:
         attention_candidates(
             q, k, v, key_cache, value_cache, block_table, query_offsets, history_lens, tiles.buckets, divisor=divisor, bias=bias,
             tiles=tiles.alike_tiles, tile_list=tiles.alike, out=out,
         )  # fmt: skip
+
+    # Adding up parts writes every row: whichever does so comes first. Only one does, see `list_tiles`.
+    if tiles.alike is not None and tiles.alike_tiles.splits > 1:
+        alike()
+    attention_paged(*where, **common, max_queries=SHORT, tiles=tiles.short_tiles, tile_list=tiles.short, out=out)
+    if tiles.long is not None:
+        attention_paged(*where, **common, max_queries=q.shape[0], tiles=tiles.long_tiles, tile_list=tiles.long, out=out)
+    if tiles.alike is not None and tiles.alike_tiles.splits == 1:
+        alike()
     return out

@@ -167,15 +167,15 @@ class HSTUForRecommendation(nn.Module):
 
     def _small_step(self, x: Tensor, metadata) -> Tensor:
         """The stack for a few tokens, three launches a layer: x (T, d_model) -> hidden states (T, d_model)."""
-        from hstu_lab.ops.triton_decode import decode_layer
+        from hstu_lab.ops.triton_decode import decode_layer, plan_step
 
-        x = x.contiguous()
+        x, where = x.contiguous(), metadata.block_table
+        plan = plan_step(
+            where, metadata.query_offsets, metadata.seq_lens, metadata.history_lens, len(x), page=self.slots.times.shape[1],
+            bias=self.stack.layers[0].bias, query_times=metadata.query_times, slot_times=self.slots.times,
+        )  # fmt: skip
         for layer, attention in zip(self.stack.layers, self.attention):
-            x = decode_layer(
-                x, layer, attention.kv_cache, metadata.slots, metadata.block_table, metadata.query_offsets, metadata.seq_lens,
-                metadata.history_lens, divisor=self.config.max_seq_len, query_times=metadata.query_times,
-                slot_times=self.slots.times,
-            )  # fmt: skip
+            x = decode_layer(x, layer, attention.kv_cache, metadata.slots, where, plan, divisor=self.config.max_seq_len)
         return self.ops.layer_norm(x, self.stack.final_norm.weight, self.stack.final_norm.bias, self.config.norm_eps)
 
     def task_logits(self, slots: Tensor) -> Tensor:
