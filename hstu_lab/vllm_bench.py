@@ -209,13 +209,13 @@ class CachedUsers:
                 if not listed:
                     listed.append(time_buckets(bias, *step, history, times, self.slot_times))
                 return attention_candidates(
-                    q, k, v, keys, values, self.table, offsets, history, *listed, divisor=divisor, bias=bias, max_queries=count
+                    q, keys, values, *step, history, *listed, divisor=divisor, bias=bias, own=(k, v), max_queries=count
                 )
             write_kv(k, v, self.caches[layer], slots)
             known = {"bias": bias, "query_times": times, "slot_times": self.slot_times}
             if not listed:
                 listed.append(list_tiles(*step, history, q, self.page, **known))
-            return attention_step(q, k, v, keys, values, *step, *listed, divisor=divisor, history_lens=history, **known)
+            return attention_step(q, keys, values, *step, *listed, divisor=divisor, history_lens=history, **known)
 
         return self.stack(x, attend).unflatten(0, (users, count))
 

@@ -1,7 +1,7 @@
 """Attention of candidates over a paged history (M-FALCON): each sees the history and itself, and none sees another.
 
 All candidates of a request stand at one position and one time, so that one row of bias serves a whole tile of them, and no
-tile of keys is ever masked in part except the history's last. A candidate's own key and value come straight from the
+tile of keys is ever masked in part except the history's last. A candidate's own key and value can come straight from the
 projection: nothing of it need be written to the cache. Source: Zhai et al. 2024 (arXiv:2402.17152), section 3.4.
 """
 
@@ -67,7 +67,8 @@ def buckets_kernel(
         page = tl.load(BlockTable + b * table_row + keys // PAGE, mask=there, other=0).to(tl.int64)
         time = tl.load(SlotTimes + page * time_page + keys % PAGE, mask=there, other=0)
         apart = tl.abs(tl.load(QueryTimes + end - 1) - time)
-        tl.store(Buckets + b * buckets_row + keys, bucket_of(least(apart, 2147483646).to(tl.int32), Cells), mask=there)
+        bucket = bucket_of(least(apart, 2147483646).to(tl.int32), Cells)
+        tl.store(Buckets + b * buckets_row + keys, bucket, mask=there | (keys == 0))  # the first is looked up in any case
 
 
 @triton.jit
@@ -87,12 +88,12 @@ def bias_row(
 
 @triton.jit(do_not_specialize=["tiles_m", "total", "splits", "table_row", "positions", "buckets_row"])
 def candidates_kernel(
-    Q, Keys, Values, OwnKeys, OwnValues, Out, BlockTable, QueryOffsets, HistoryLens, TileList, Buckets, Position, TimeBias,
-    q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, own_k_row, own_k_head, own_v_row, own_v_head, position_head,
-    time_head, table_row, buckets_row, tiles_m, total, splits, positions, half_scale, out_scale,
+    Q, Keys, Values, OwnKeys, OwnValues, Out, BlockTable, QueryOffsets, SeqLens, HistoryLens, TileList, Buckets, Position,
+    TimeBias, q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, own_k_row, own_k_head, own_v_row, own_v_head,
+    position_head, time_head, table_row, buckets_row, tiles_m, total, splits, positions, half_scale, out_scale,
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, PLAIN: tl.constexpr,
-    HEADS: tl.constexpr, HAS_LIST: tl.constexpr,
+    HEADS: tl.constexpr, HAS_LIST: tl.constexpr, HAS_OWN: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M candidates of one (sequence, head) against a part of its history, the first part with themselves; Out is (splits,
     total, heads, D)."""
@@ -169,8 +170,15 @@ def candidates_kernel(
             half = tl.where(there[None, :], half, 0.0)
             acc = tl.dot(silu_of_half(half, EXACT).to(q.dtype), v, acc, input_precision=PRECISION)
         if split == 0:
-            k_own = tl.load(OwnKeys + token * own_k_row + head * own_k_head + dims[None, :], mask=real, other=0.0)
-            v_own = tl.load(OwnValues + token * own_v_row + head * own_v_head + dims[None, :], mask=real, other=0.0)
+            if HAS_OWN:
+                k_own = tl.load(OwnKeys + token * own_k_row + head * own_k_head + dims[None, :], mask=real, other=0.0)
+                v_own = tl.load(OwnValues + token * own_v_row + head * own_v_head + dims[None, :], mask=real, other=0.0)
+            else:
+                own = tl.load(SeqLens + b).to(tl.int32) - count + rows
+                own_page = tl.load(table + own // PAGE, mask=rows < count, other=0).to(tl.int64)[:, None]
+                own = (own % PAGE)[:, None]
+                k_own = tl.load(keys_of_head + own_page * k_page + own * k_slot + dims[None, :], mask=real, other=0.0)
+                v_own = tl.load(values_of_head + own_page * v_page + own * v_slot + dims[None, :], mask=real, other=0.0)
             half = tl.reduce(q.to(tl.float32) * k_own.to(tl.float32), 1, add) * half_scale
             if HAS_POSITION:
                 half += 0.5 * tl.load(Position + head * position_head).to(tl.float32)
@@ -220,20 +228,21 @@ def time_buckets(
 
 
 def attention_candidates(
-    q: Tensor, own_keys: Tensor, own_values: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor,
-    query_offsets: Tensor, history_lens: Tensor, buckets: Tensor | None, *, divisor: float, bias: RelativeBias | None = None,
-    max_queries: int | None = None, tiles: CandidateTiles | None = None, tile_list: Tensor | None = None,
-    out: Tensor | None = None,
+    q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, query_offsets: Tensor, seq_lens: Tensor,
+    history_lens: Tensor, buckets: Tensor | None, *, divisor: float, bias: RelativeBias | None = None,
+    own: tuple[Tensor, Tensor] | None = None, max_queries: int | None = None, tiles: CandidateTiles | None = None,
+    tile_list: Tensor | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of candidates to the first `history_lens` (B,) cached events of their sequence, and to themselves.
 
-    q, own_keys, own_values (T, H, d): all new tokens are candidates, `max_queries` of a sequence at the most (without it T). Or
-    tile_list (L,) int32 names the tiles of `tiles.block_m` queries that are (see `hstu_lab.ops.triton_serving.list_tiles`), and
-    the other rows of `out` (T, H, d) are left as they are, or undefined where `tiles.splits` is above 1. buckets from
-    `time_buckets`; other shapes as in `attention_paged`.
-    Raises TypeError for dtypes that the kernel does not take.
+    q (T, H, d): all new tokens are candidates, `max_queries` of a sequence at the most (without it T). Or tile_list (L,) int32
+    names the tiles of `tiles.block_m` queries that are (see `hstu_lab.ops.triton_serving.list_tiles`), and the other rows of
+    `out` (T, H, d) are left as they are, or undefined where `tiles.splits` is above 1. own: keys and values (T, H, d) of the
+    candidates, which then need not be in the cache. buckets from `time_buckets`; other shapes as in `attention_paged`. Raises
+    TypeError for dtypes that the kernel does not take.
     """
-    check_dtype(q=q, key_cache=key_cache, value_cache=value_cache, own_keys=own_keys, own_values=own_values)
+    own_keys, own_values = own or (None, None)
+    check_dtype(q=q, key_cache=key_cache, value_cache=value_cache, **({} if own is None else {"own keys": own_keys}))
     total, heads, d = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     tiles = tiles or default_tiles(q)
@@ -244,16 +253,18 @@ def attention_candidates(
     position, time = (bias.position, bias.time) if bias else (None, None)
     parts = out if tiles.splits == 1 else torch.empty(tiles.splits, *out.shape, dtype=torch.float32, device=q.device)
     candidates_kernel[(heads * tiles.splits, programs)](
-        q, key_cache, value_cache, own_keys, own_values, parts, block_table, query_offsets, history_lens, tile_list,
+        q, key_cache, value_cache, own_keys, own_values, parts, block_table, query_offsets, seq_lens, history_lens, tile_list,
         block_table if buckets is None else buckets, position, time, *q.stride()[:2], *key_cache.stride()[:3],
-        *value_cache.stride()[:3], *own_keys.stride()[:2], *own_values.stride()[:2],
+        *value_cache.stride()[:3],
+        *(0 if own is None else stride for rows in (own or (q, q)) for stride in rows.stride()[:2]),
         *(0 if part is None else part.stride(0) for part in (position, time)), block_table.stride(0),
         0 if buckets is None else buckets.stride(0), tiles_m, total, tiles.splits,
         0 if position is None else position.shape[1], 0.5 * d**-0.5, 1 / divisor,
         D=d, D_PAD=max(16, triton.next_power_of_2(d)), PAGE=key_cache.shape[1], BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n, HAS_POSITION=position is not None, HAS_TIME=time is not None,
         EXACT=q.dtype == torch.float32 or interpreted(), PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        PLAIN=interpreted(), HEADS=heads, HAS_LIST=tile_list is not None, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        PLAIN=interpreted(), HEADS=heads, HAS_LIST=tile_list is not None, HAS_OWN=own is not None,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     if tiles.splits > 1:
         sum_splits_kernel[(triton.cdiv(out.numel(), 1024),)](parts, out, out.numel(), tiles.splits, BLOCK=1024)

@@ -39,8 +39,6 @@ class DecodeTiles:
     leave: int = 16
     leave_warps: int = 8
     pdl: bool = True
-    fetch: bool = True
-    keys_stages: int = 1
 
 
 @triton.jit
@@ -69,7 +67,8 @@ def normed(x, shift, NormWeight, NormBias, depth, eps, DEPTH: tl.constexpr, FULL
 def enter_kernel(
     X, NormWeight, NormBias, Weight, Bias, Slots, Out, Cache, x_row, c_page, c_slot, c_head, rows, columns, slots, eps,
     DEPTH: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    WIDTH: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, HAS_CACHE: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N columns of SiLU(LN(X) W^T + b) for ROWS rows: U and Q to Out (T, 2, WIDTH), K and V to their slots of the cache."""
     group, chunk = tl.arange(0, GROUPS)[:, None, None], tl.arange(0, CHUNK)[None, None, :]
@@ -83,7 +82,8 @@ def enter_kernel(
     # Every warp takes a part of the depth, so that no two read the same weights.
     w = tl.load(Weight + column.to(tl.int64)[None, :, None] * DEPTH + depth, mask=w_mask, other=0.0)
     bias = tl.load(Bias + column, mask=column < columns, other=0.0).to(tl.float32)
-    slot = tl.load(Slots + row, mask=row < slots, other=-1).to(tl.int64)
+    if HAS_CACHE:
+        slot = tl.load(Slots + row, mask=row < slots, other=-1).to(tl.int64)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -97,9 +97,10 @@ def enter_kernel(
     inside = (column < columns)[:, None] & (row < rows)[None, :]
     to = Out + row.to(tl.int64)[None, :] * (2 * WIDTH) + (part // 2 * WIDTH + within)[:, None]
     tl.store(to, out, mask=inside & (part % 2 == 0)[:, None])
-    at = within // D * c_head + within % D + tl.where(part == 1, D, 0)
-    to = Cache + (slot // PAGE * c_page + slot % PAGE * c_slot)[None, :] + at[:, None]
-    tl.store(to, out.to(Cache.dtype.element_ty), mask=inside & (part % 2 == 1)[:, None] & (slot >= 0)[None, :])
+    if HAS_CACHE:
+        at = within // D * c_head + within % D + tl.where(part == 1, D, 0)
+        to = Cache + (slot // PAGE * c_page + slot % PAGE * c_slot)[None, :] + at[:, None]
+        tl.store(to, out.to(Cache.dtype.element_ty), mask=inside & (part % 2 == 1)[:, None] & (slot >= 0)[None, :])
 
 
 @triton.jit(do_not_specialize=["batch", "table_row", "time_page", "longest"])
@@ -209,9 +210,9 @@ def attend_kernel(
 def leave_kernel(
     Parts, Projected, NormWeight, NormBias, Weight, Bias, Residual, Out, x_row, rows, columns, eps,
     DEPTH: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, HAS_NORM: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N columns of Residual + (LN(sum of Parts) * U) W^T + b for ROWS rows; U is Projected[:, 0]."""
+    """BLOCK_N columns of Residual + y W^T + b for ROWS rows: y = LN(sum of Parts) * U, or U itself; U is Projected[:, 0]."""
     group, chunk = tl.arange(0, GROUPS)[:, None, None], tl.arange(0, CHUNK)[None, None, :]
     depth = group * CHUNK + chunk
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -224,19 +225,24 @@ def leave_kernel(
     row = row.to(tl.int64)
     w = tl.load(Weight + column.to(tl.int64)[None, :, None] * DEPTH + depth, mask=w_mask, other=0.0)
     bias = tl.load(Bias + column, mask=column < columns, other=0.0).to(tl.float32)
+    gates = Projected + row[None, :, None] * (2 * DEPTH) + depth
     # Written two kernels ago, which has ended.
-    gate = tl.load(Projected + row[None, :, None] * (2 * DEPTH) + depth, mask=x_mask, other=0.0, cache_modifier=".cg")
     x = tl.load(Residual + row[None, :] * x_row + column[:, None], mask=inside, other=0.0, cache_modifier=".cg")
+    if HAS_NORM:
+        gate = tl.load(gates, mask=x_mask, other=0.0, cache_modifier=".cg")
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    parts = Parts + row[None, :, None] * DEPTH + depth
-    attended = tl.load(parts, mask=x_mask, other=0.0)
-    for split in tl.static_range(1, SPLITS):
-        attended += tl.load(parts + split * rows.to(tl.int64) * DEPTH, mask=x_mask, other=0.0)
-    shift = tl.load(Parts + row * DEPTH, mask=row < rows, other=0.0)
-    y = normed(attended, shift, NormWeight, NormBias, depth, eps, DEPTH, GROUPS * CHUNK == DEPTH)
-    y = (y * gate.to(tl.float32)).to(w.dtype)
+    if HAS_NORM:
+        parts = Parts + row[None, :, None] * DEPTH + depth
+        attended = tl.load(parts, mask=x_mask, other=0.0)
+        for split in tl.static_range(1, SPLITS):
+            attended += tl.load(parts + split * rows.to(tl.int64) * DEPTH, mask=x_mask, other=0.0)
+        shift = tl.load(Parts + row * DEPTH, mask=row < rows, other=0.0)
+        y = normed(attended, shift, NormWeight, NormBias, depth, eps, DEPTH, GROUPS * CHUNK == DEPTH)
+        y = (y * gate.to(tl.float32)).to(w.dtype)
+    else:
+        y = tl.load(gates, mask=x_mask, other=0.0)
     acc = tl.reduce(tl.dot(w, tl.permute(y, (0, 2, 1)), input_precision=PRECISION), 0, add)
     acc += bias[:, None] + x.to(tl.float32)
     tl.store(Out + row[None, :] * columns + column[:, None], acc.to(Out.dtype.element_ty), mask=inside)
@@ -287,11 +293,69 @@ def _groups(depth: int, warps: int) -> tuple[int, int]:
     return groups, padded // groups
 
 
-def takes(x: Tensor, cache: Tensor) -> bool:
-    """Whether `decode_layer` takes a step of tokens x (T, d_model) with this cache and is the quicker way."""
-    widest = max(x.shape[1], cache.shape[2] * cache.shape[3] // 2)
+def _padded(rows: int) -> int:
+    """Rows of a tile."""
+    return 8 if rows <= 8 and not interpreted() else 16
+
+
+def _common(x: Tensor, tiles: DecodeTiles) -> dict:
+    """Arguments that the kernels share."""
+    exact = x.dtype == torch.float32
+    options = {"launch_pdl": True} if tiles.pdl else {}
+    return {
+        "EXACT": exact or interpreted(), "PRECISION": "ieee" if exact else "tf32", "PDL": tiles.pdl, "num_stages": 1, **options
+    }  # fmt: skip
+
+
+def takes(tokens: int, d_model: int, cache: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `decode_layer` takes a step of so many tokens (T, d_model) of `dtype` with this cache, and is the quicker way."""
+    widest = max(d_model, cache.shape[2] * cache.shape[3] // 2)
     dtypes = (torch.float32, torch.float16) if interpreted() else (torch.float16, torch.bfloat16)
-    return 0 < len(x) <= MOST_TOKENS and widest <= 2048 and x.dtype == cache.dtype and x.dtype in dtypes
+    return 0 < tokens <= MOST_TOKENS and widest <= 2048 and dtype == cache.dtype and dtype in dtypes
+
+
+def _enter(x: Tensor, norm, linear, slots: Tensor, cache: Tensor | None, width: int, d: int, tiles: DecodeTiles) -> Tensor:
+    """SiLU(LN(x) W^T + b), its first and third `width` columns as (T, 2, width), the others to the cache."""
+    rows, depth = x.shape
+    out = torch.empty(rows, 2, width, dtype=x.dtype, device=x.device)
+    padded = _padded(rows)
+    groups, chunk = _groups(depth, tiles.enter_warps)
+    enter_kernel[(triton.cdiv(linear.out_features, tiles.enter), triton.cdiv(rows, padded))](
+        x, norm.weight, norm.bias, linear.weight, linear.bias, slots, out, cache, x.stride(0),
+        *((0, 0, 0) if cache is None else cache.stride()[:3]), rows, linear.out_features, len(slots), norm.eps,
+        DEPTH=depth, GROUPS=groups, CHUNK=chunk, ROWS=padded, BLOCK_N=tiles.enter, WIDTH=width, D=d,
+        PAGE=1 if cache is None else cache.shape[1], HAS_CACHE=cache is not None, **_common(x, tiles),
+        num_warps=tiles.enter_warps,
+    )  # fmt: skip
+    return out
+
+
+def _leave(parts: Tensor | None, projected: Tensor, norm, linear, x: Tensor, tiles: DecodeTiles) -> Tensor:
+    """x + y W^T + b, where y is LN(sum of parts) * projected[:, 0]; without parts that itself."""
+    rows, width = projected.shape[0], projected.shape[2]
+    result = torch.empty(rows, linear.out_features, dtype=x.dtype, device=x.device)
+    padded = _padded(rows)
+    groups, chunk = _groups(width, tiles.leave_warps)
+    common = _common(x, tiles)
+    del common["EXACT"]
+    leave_kernel[(triton.cdiv(linear.out_features, tiles.leave), triton.cdiv(rows, padded))](
+        parts, projected, None if norm is None else norm.weight, None if norm is None else norm.bias, linear.weight, linear.bias,
+        x, result, x.stride(0), rows, linear.out_features, 0.0 if norm is None else norm.eps,
+        DEPTH=width, GROUPS=groups, CHUNK=chunk, ROWS=padded, BLOCK_N=tiles.leave, SPLITS=1 if parts is None else len(parts),
+        HAS_NORM=parts is not None, **common, num_warps=tiles.leave_warps,
+    )  # fmt: skip
+    return result
+
+
+def project_normed(x: Tensor, norm, linear) -> Tensor:
+    """SiLU(LN(x) W^T + b) for a few rows x (T, D) -> (T, 1 or more, E), of which [:, 0] counts; norm and linear are modules."""
+    tiles = default_tiles(len(x), 1, x)
+    return _enter(x, norm, linear, x[:0, 0], None, linear.out_features, linear.out_features, tiles)
+
+
+def project_onto(y: Tensor, linear, x: Tensor) -> Tensor:
+    """x + y[:, 0] W^T + b for a few rows: y from `project_normed`, x (T, D) -> (T, D). x must be older than y."""
+    return _leave(None, y, None, linear, x, default_tiles(len(x), 1, x))
 
 
 def decode_layer(
@@ -303,42 +367,22 @@ def decode_layer(
     layer: an `hstu_lab.model.HSTULayer` with d_qk = d_v = d. cache (blocks, block_size, H, 2 d), keys before values; slots (at
     most T,), negative for padding; block_table (B, blocks); plan from `plan_step`. Rows of padding come out undefined.
     """
-    rows, d_model = x.shape
+    rows = len(x)
     page, heads, d = cache.shape[1], cache.shape[2], cache.shape[3] // 2
     width = heads * d
     tiles = tiles or default_tiles(rows, heads, x)
-    eps, bias = layer.eps, layer.bias
-    position, time = (bias.position, bias.time) if bias else (None, None)
-    padded = 8 if rows <= 8 and not interpreted() else 16
-    options = {"launch_pdl": True} if tiles.pdl else {}
-    precision = "ieee" if x.dtype == torch.float32 else "tf32"
-    exact = x.dtype == torch.float32 or interpreted()
-    projected = torch.empty(rows, 2, width, dtype=x.dtype, device=x.device)
-    columns = layer.uvqk.out_features
-    groups, chunk = _groups(d_model, tiles.enter_warps)
-    enter_kernel[(triton.cdiv(columns, tiles.enter), triton.cdiv(rows, padded))](
-        x, layer.norm.weight, layer.norm.bias, layer.uvqk.weight, layer.uvqk.bias, slots, projected, cache, x.stride(0),
-        *cache.stride()[:3], rows, columns, len(slots), eps,
-        DEPTH=d_model, GROUPS=groups, CHUNK=chunk, ROWS=padded, BLOCK_N=tiles.enter, WIDTH=width, D=d, PAGE=page, EXACT=exact,
-        PRECISION=precision, PDL=tiles.pdl, num_warps=tiles.enter_warps, num_stages=1, **options,
-    )  # fmt: skip
+    position, time = (layer.bias.position, layer.bias.time) if layer.bias else (None, None)
+    projected = _enter(x, layer.norm, layer.uvqk, slots, cache, width, d, tiles)
     parts = torch.empty(tiles.splits, rows, width, dtype=torch.float32, device=x.device)
     row_bytes = 2 * d * cache.element_size()
+    common = _common(x, tiles)
+    del common["PRECISION"]
     attend_kernel[(heads * tiles.splits, rows)](
         projected, cache, parts, block_table, plan.tokens, plan.buckets, position, time, *cache.stride()[:3],
         0 if position is None else position.stride(0), 0 if time is None else time.stride(0), block_table.stride(0), rows,
         0 if time is None else plan.buckets.stride(0), tiles.splits, 0 if position is None else position.shape[1],
         0.5 * d**-0.5, 1 / divisor, HEADS=heads, D=d, D_PAD=max(16, triton.next_power_of_2(d)), PAGE=page, BLOCK_N=tiles.keys,
-        HAS_POSITION=position is not None, HAS_TIME=time is not None, EXACT=exact,
-        FETCH=row_bytes if row_bytes % 16 == 0 and tiles.fetch else 0, PDL=tiles.pdl, num_warps=tiles.keys_warps,
-        num_stages=tiles.keys_stages, **options,
+        HAS_POSITION=position is not None, HAS_TIME=time is not None, FETCH=0 if row_bytes % 16 else row_bytes,
+        **common, num_warps=tiles.keys_warps,
     )  # fmt: skip
-    result = torch.empty(rows, d_model, dtype=x.dtype, device=x.device)
-    groups, chunk = _groups(width, tiles.leave_warps)
-    leave_kernel[(triton.cdiv(d_model, tiles.leave), triton.cdiv(rows, padded))](
-        parts, projected, layer.attention_norm.weight, layer.attention_norm.bias, layer.out.weight, layer.out.bias, x, result,
-        x.stride(0), rows, d_model, eps,
-        DEPTH=width, GROUPS=groups, CHUNK=chunk, ROWS=padded, BLOCK_N=tiles.leave, SPLITS=tiles.splits, PRECISION=precision,
-        PDL=tiles.pdl, num_warps=tiles.leave_warps, num_stages=1, **options,
-    )  # fmt: skip
-    return result
+    return _leave(parts, projected, layer.attention_norm, layer.out, x, tiles)

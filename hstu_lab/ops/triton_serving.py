@@ -110,14 +110,10 @@ def list_tiles(
 
 
 def attention_step(
-    q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, query_offsets: Tensor,
-    seq_lens: Tensor, tiles: StepTiles, *, divisor: float, bias: RelativeBias | None, query_times: Tensor, slot_times: Tensor,
-    history_lens: Tensor,
+    q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, query_offsets: Tensor, seq_lens: Tensor,
+    tiles: StepTiles, *, divisor: float, bias: RelativeBias | None, query_times: Tensor, slot_times: Tensor, history_lens: Tensor,
 ) -> Tensor:  # fmt: skip
-    """`attention_paged` of a whole step, its tiles listed by `list_tiles`; rows that belong to no sequence are left unwritten.
-
-    k, v (T, H, d): the step's keys and values, which are in the caches already.
-    """
+    """`attention_paged` of a whole step, its tiles listed by `list_tiles`; rows that belong to no sequence are left unwritten."""
     where = q, key_cache, value_cache, block_table, query_offsets, seq_lens
     common = {
         "divisor": divisor, "bias": bias, "query_times": query_times, "slot_times": slot_times, "history_lens": history_lens,
@@ -126,8 +122,8 @@ def attention_step(
 
     def alike() -> None:
         attention_candidates(
-            q, k, v, key_cache, value_cache, block_table, query_offsets, history_lens, tiles.buckets, divisor=divisor, bias=bias,
-            tiles=tiles.alike_tiles, tile_list=tiles.alike, out=out,
+            *where, history_lens, tiles.buckets, divisor=divisor, bias=bias, tiles=tiles.alike_tiles, tile_list=tiles.alike,
+            out=out,
         )  # fmt: skip
 
     # Adding up parts writes every row: whichever does so comes first. Only one does, see `list_tiles`.

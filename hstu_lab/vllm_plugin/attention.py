@@ -109,7 +109,7 @@ class HSTUAttentionImpl(AttentionImpl):
             return torch.zeros_like(q)
         self.slots.write_kv(k, v, kv_cache, metadata.slots)
         keys, values = kv_cache.split(self.head_size, dim=-1)
-        return self.slots.attention(q, k, v, keys, values, metadata, divisor=self.divisor, bias=self.layer.bias)
+        return self.slots.attention(q, keys, values, metadata, divisor=self.divisor, bias=self.layer.bias)
 
     def forward(
         self, layer, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: HSTUMetadata | None,

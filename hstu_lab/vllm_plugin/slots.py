@@ -75,10 +75,8 @@ class Slots:
         within = torch.arange(size, device=block_table.device)
         return (block_table.long().unsqueeze(-1) * size + within).flatten(1)
 
-    def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, metadata, *, divisor: float, bias
-    ) -> Tensor:
-        """Attention of the step's queries (T, H, d) -> (T, H, d); its keys and values k, v (T, H, d) are in the caches by now."""
+    def attention(self, q: Tensor, keys: Tensor, values: Tensor, metadata, *, divisor: float, bias) -> Tensor:
+        """Attention of the step's queries (T, H, d), their keys and values written already -> (T, H, d)."""
         where = metadata.block_table, metadata.query_offsets, metadata.seq_lens
         known = {"bias": bias, "query_times": metadata.query_times, "slot_times": self.times}
         common = {**known, "divisor": divisor, "history_lens": metadata.history_lens}
@@ -88,7 +86,7 @@ class Slots:
 
         if metadata.tiles is None:  # the first layer lists them for all
             metadata.tiles = list_tiles(*where, metadata.history_lens, q, keys.shape[1], **known)
-        return attention_step(q, k, v, keys, values, *where, metadata.tiles, **common)
+        return attention_step(q, keys, values, *where, metadata.tiles, **common)
 
     def mask_items(self, logits: Tensor, lens: Tensor, block_table: Tensor) -> None:
         """logits (B, V), in place: -inf at the items of the first `lens` (B,) tokens of each sequence."""
