@@ -104,7 +104,14 @@ class DecodeStep:
         )  # fmt: skip
         for layer, cache in zip(stack.layers, self.caches):
             x = decode_layer(x, layer, cache, self.slots, self.table, plan, divisor=self.config.max_seq_len)
-        return stack.ops.layer_norm(x, stack.final_norm.weight, stack.final_norm.bias, self.config.norm_eps)
+        return self._kept(stack.ops.layer_norm(x, stack.final_norm.weight, stack.final_norm.bias, self.config.norm_eps), gaps)
+
+    def _kept(self, hidden: Tensor, gaps: Tensor) -> Tensor:
+        """As in the engine, which keeps the hidden states of candidates: there are none, and it costs a launch."""
+        from hstu_lab.ops.triton_kv_write import keep_candidates
+
+        keep_candidates(hidden, gaps, self.slots, self.caches[-1])
+        return hidden
 
     def _read(self) -> tuple[Tensor, Tensor, Tensor]:
         item, action, level, _ = unpack(self.tokens, self.config)
@@ -130,7 +137,7 @@ class DecodeStep:
                 q, keys, values, *where, *listed, divisor=self.config.max_seq_len, history_lens=history, **known
             )  # fmt: skip
 
-        return self.model.stack(x, attend)
+        return self._kept(self.model.stack(x, attend), gaps)
 
     def exact(self) -> Tensor:
         """The same by the oracle's operators in float32."""
