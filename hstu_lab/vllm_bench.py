@@ -263,7 +263,8 @@ def stack_candidates(record: Record, stack: HSTUStack, users: int, history: int,
 @torch.inference_mode()
 def candidates(record: Record, ready: Callable[[], None] = lambda: None) -> None:
     """512 candidates after 1,024 events, the stack alone: GPU time of graph replays."""
-    stack = HSTUStack(serving_config(), ops.get("triton")).cuda().bfloat16().eval()
+    with torch.device("cuda"):
+        stack = HSTUStack(serving_config(), ops.get("triton")).bfloat16().eval()
     for name, parameter in stack.named_parameters():
         if "bias" in name:
             nn.init.normal_(parameter, std=0.02)

@@ -23,7 +23,7 @@ from hstu_lab.ops.reference import RelativeBias
 from hstu_lab.ops.triton_attention import bucket_of, bucket_tables
 from hstu_lab.ops.triton_runtime import add, capability, interpreted, least, most, processors, silu_of_half
 
-MOST_TOKENS = 16
+MOST_TOKENS = 32
 """Tokens of a step up to which its layers are computed here."""
 
 
@@ -31,14 +31,13 @@ MOST_TOKENS = 16
 class DecodeTiles:
     """Output columns of a program of each projection and its warps, keys of a tile of the attention, its warps and splits."""
 
-    enter: int = 32
+    enter: int = 16
     enter_warps: int = 4
     keys: int = 128
     keys_warps: int = 4
-    keys_stages: int = 1
     splits: int = 2
-    leave: int = 16
-    leave_warps: int = 8
+    leave: int = 8
+    leave_warps: int = 4
     pdl: bool = True
 
 
@@ -157,7 +156,7 @@ def attend_kernel(
     Projected, Cache, Parts, BlockTable, Plan, Buckets, Position, TimeBias, c_page, c_slot, c_head, position_head, time_head,
     table_row, total, longest, splits, positions, half_scale, out_scale, HEADS: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr,
-    EXACT: tl.constexpr, FETCH: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    EXACT: tl.constexpr, FETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token and head against its part of the keys; Parts is (splits, total, heads, D) float32, zeros for padding."""
     head = tl.program_id(0) % HEADS
@@ -185,7 +184,7 @@ def attend_kernel(
     q = tl.load(Projected + token.to(tl.int64) * (2 * HEADS * D) + HEADS * D + head * D + dims, mask=dims < D, other=0.0)
     q = q.to(tl.float32)
     acc = tl.full((D_PAD,), 0.0, tl.float32)
-    for n0 in tl.range(first, end, BLOCK_N, num_stages=STAGES):
+    for n0 in range(first, end, BLOCK_N):
         index = n0 + near
         there = index < end
         key = tl.where(index <= last, index, own)
@@ -252,7 +251,7 @@ def leave_kernel(
 def default_tiles(tokens: int, heads: int, like: Tensor) -> DecodeTiles:
     """Tiles for a step of `tokens` tokens, the fastest on an H200 among those tried."""
     if interpreted():
-        return DecodeTiles(16, 2, 16, 4, 2, 2, 16, 2, pdl=False)
+        return DecodeTiles(16, 2, 16, 4, 2, 16, 2, pdl=False)
     splits = max(1, min(2 * processors(like) // (tokens * heads), 8))
     return DecodeTiles(splits=splits, pdl=capability(like) >= 90)
 
@@ -384,7 +383,6 @@ def decode_layer(
         0 if time is None else plan.buckets.stride(0), tiles.splits, 0 if position is None else position.shape[1],
         0.5 * d**-0.5, 1 / divisor, HEADS=heads, D=d, D_PAD=max(16, triton.next_power_of_2(d)), PAGE=page, BLOCK_N=tiles.keys,
         HAS_POSITION=position is not None, HAS_TIME=time is not None, FETCH=0 if row_bytes % 16 else row_bytes,
-        STAGES=tiles.keys_stages,
         **common, num_warps=tiles.keys_warps,
     )  # fmt: skip
     return _leave(parts, projected, layer.attention_norm, layer.out, x, tiles)
