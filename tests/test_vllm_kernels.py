@@ -19,7 +19,7 @@ def answers(ops):
     prompts = [list(range(100, 100 + n)) for n in (5, 20)]
     with Engine(sys.argv[1], options) as engine:
         slates = engine.slate(prompts, [[7], []], 3)
-        scores = engine.score(prompts[1:], [list(range(1, 19))])
+        scores = engine.score(prompts[1:], [list(range(1, 35))])
     return [g.items for g in slates], [g.logprobs for g in slates], scores[0].tolist()
 
 expected = answers("reference")
