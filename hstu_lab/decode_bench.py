@@ -9,7 +9,6 @@ Writes data/measured/<device>/decode.json and candidates.json.
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import pathlib
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu_lab import measure, ops
+from hstu_lab.config import ModelConfig
 from hstu_lab.measure import Record
 from hstu_lab.model import EventEncoder, HSTUStack
 from hstu_lab.ops import reference
@@ -38,10 +38,9 @@ class Model:
 
     @classmethod
     @torch.no_grad()
-    def random(cls, dtype: torch.dtype = torch.bfloat16) -> Model:
+    def random(cls, config: ModelConfig, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Model:
         torch.manual_seed(0)
-        config = serving_config()
-        with torch.device("cuda"):
+        with torch.device(device):
             encoder, stack = EventEncoder(config), HSTUStack(config, ops.get("triton"))
             for name, parameter in [*encoder.named_parameters(), *stack.named_parameters()]:
                 if "bias" in name or "down" in name:
@@ -60,7 +59,7 @@ class DecodeStep:
         from hstu_lab.ops.triton_encoder import EncoderTables
 
         self.model, self.config, self.users, self.page = model, model.stack.config, users, page
-        config, device, dtype = self.config, "cuda", model.items.dtype
+        config, device, dtype = self.config, model.items.device, model.items.dtype
         generator = torch.Generator(device).manual_seed(0)
         per_user = -(-config.max_seq_len // page)
         shape = (config.num_layers, users * per_user, page, config.num_heads, 2 * config.d_qk)
@@ -144,8 +143,10 @@ class DecodeStep:
         """The same by the oracle's operators in float32."""
         x, gaps, items = self._read()
         times, history = self._note(gaps, items)
-        stack = copy.deepcopy(self.model.stack).float()
-        stack.ops = reference
+        with x.device:
+            stack = HSTUStack(self.config)
+        stack.load_state_dict({name: tensor.float() for name, tensor in self.model.stack.state_dict().items()})
+        stack.eval()
 
         def attend(layer, q, k, v, bias):
             cache = self.caches[layer].float()
@@ -167,7 +168,7 @@ class DecodeStep:
 @torch.inference_mode()
 def decode(record: Record) -> None:
     """Decode steps of the `gr-3b` stack in bfloat16, fused and operator by operator, and their errors."""
-    model = Model.random()
+    model = Model.random(serving_config())
     for users, history in CASES:
         step = DecodeStep(model, users, history)
         name = f"B={users} N={history}"
