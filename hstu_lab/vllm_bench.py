@@ -178,76 +178,103 @@ class CachedUsers:
         self.caches = torch.zeros(shape, device="cuda", dtype=x.dtype)
         self.table = torch.randperm(self.users * per_user, device="cuda").view(self.users, per_user).int()
         self.slot_times = torch.zeros(self.users * per_user, page, dtype=torch.int64, device="cuda")
-        self.times = times
+        self.times, self.steps = times, {}
         self.run(0, history)
 
+    def step(self, first: int, count: int) -> tuple[Tensor, ...]:
+        """What an engine has ready before a step: its rows, slots, times, and the lengths of its sequences."""
+        if (first, count) not in self.steps:
+            where = torch.arange(first, first + count, device="cuda")
+            slots = (self.table[:, where // self.page].long() * self.page + where % self.page).flatten()
+            times = self.times[:, first : first + count].flatten()
+            self.slot_times.view(-1)[slots] = times
+            offsets = torch.arange(self.users + 1, device="cuda", dtype=torch.int32) * count
+            lens = torch.full((self.users,), first + count, device="cuda", dtype=torch.int32)
+            rows = self.x[:, first : first + count].flatten(0, 1)
+            self.steps[first, count] = rows, slots, times, offsets, lens, lens.clamp(max=self.history)
+        return self.steps[first, count]
+
     def run(self, first: int, count: int) -> Tensor:
-        """Hidden states (B, count, d_model) of the rows from `first` on; those behind the history are candidates."""
+        """Hidden states (B, count, d_model) of the rows from `first` on; those behind the history are candidates.
+
+        As a step of any mixture, which is how the engine runs them.
+        """
         from hstu_lab.ops.triton_kv_write import write_kv
         from hstu_lab.ops.triton_serving import attention_step, list_tiles
 
-        users, where = self.users, torch.arange(first, first + count, device="cuda")
-        slots = (self.table[:, where // self.page].long() * self.page + where % self.page).flatten()
-        times = self.times[:, first : first + count].flatten()
-        self.slot_times.view(-1)[slots] = times
-        offsets = torch.arange(users + 1, device="cuda", dtype=torch.int32) * count
-        seq_lens = torch.full((users,), first + count, device="cuda", dtype=torch.int32)
-        history = seq_lens.clamp(max=self.history)
-        x, tiles = self.x[:, first : first + count].flatten(0, 1), []
+        x, slots, times, offsets, seq_lens, history = self.step(first, count)
+        where, listed, divisor = (self.table, offsets, seq_lens), [], self.stack.config.max_seq_len
 
         def attend(layer, q, k, v, bias):
             write_kv(k, v, self.caches[layer], slots)
             keys, values = self.caches[layer].tensor_split(2, dim=-1)
-            if not tiles:
-                tiles.append(list_tiles(offsets, seq_lens, history, q, self.page, self.table.shape[1] * self.page))
-            return attention_step(
-                q, keys, values, self.table, offsets, seq_lens, *tiles, divisor=self.stack.config.max_seq_len, bias=bias,
-                query_times=times, slot_times=self.slot_times, history_lens=history,
-            )  # fmt: skip
+            known = {"bias": bias, "query_times": times, "slot_times": self.slot_times}
+            if not listed:
+                listed.append(list_tiles(*where, history, q, self.page, **known))
+            return attention_step(q, keys, values, *where, *listed, divisor=divisor, history_lens=history, **known)
 
-        return self.stack(x, attend).unflatten(0, (users, count))
+        return self.stack(x, attend).unflatten(0, (self.users, count))
+
+    def score(self, first: int, count: int) -> Tensor:
+        """The same for rows that are all candidates: nothing of them is written to the cache, since nobody reads it."""
+        from hstu_lab.ops.triton_candidates import candidates_layer, time_buckets
+
+        x, _, times, offsets, seq_lens, history = self.step(first, count)
+        stack, where = self.stack, (self.table, offsets, seq_lens, history)
+        buckets = time_buckets(stack.layers[0].bias, *where, times, self.slot_times)
+        for layer, cache in zip(stack.layers, self.caches):
+            x = candidates_layer(x, layer, cache, *where, buckets, divisor=stack.config.max_seq_len, max_queries=count)
+        x = stack.ops.layer_norm(x, stack.final_norm.weight, stack.final_norm.bias, stack.config.norm_eps)
+        return x.unflatten(0, (self.users, count))
 
 
-def stack_candidates(record, stack: HSTUStack, users: int, history: int, count: int, micro: int, ready) -> None:
-    """Graph replays of the stack alone: one pass over everything, against the cache, and the history again for each few."""
+def stack_candidates(record: Record, stack: HSTUStack, users: int, history: int, count: int, micro: int) -> dict[str, Callable]:
+    """The stack alone, by name: one pass over everything, against the cache, and the history again for each few; all ran once."""
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(users, history + count, stack.config.d_model, device="cuda", generator=generator).bfloat16()
     times = (torch.arange(history + count, device="cuda").clamp(max=history - 1) * 60).expand(users, -1).contiguous()
     cache = CachedUsers(stack, x, times, history, count)
 
-    def one_pass(length: int = history + count, of_them: int = count) -> Tensor:
+    def one_pass_of(of_them: int) -> Callable[[], Tensor]:
+        length = history + of_them
         offsets = torch.arange(users + 1, device="cuda") * length
         number = torch.full((users,), of_them, device="cuda")
         rows, seconds = x[:, :length].flatten(0, 1), times[:, :length].flatten()
-        return stack.jagged(rows, offsets, seconds, number, length).unflatten(0, (users, length))
+        return lambda: stack.jagged(rows, offsets, seconds, number, length).unflatten(0, (users, length))
 
-    expected, got = one_pass()[:, history:].float(), cache.run(history, count).float()
-    error = ((got - expected).norm() / expected.norm()).item()
-    record.data[f"hidden states of {users} users: cached against one pass, relative error"] = error
+    one_pass, few = one_pass_of(count), one_pass_of(micro)
+    expected = one_pass()[:, history:].float()
+    for way, run in (("candidates only", cache.score), ("any mixture", cache.run)):
+        got = run(history, count).float()
+        error = ((got - expected).norm() / expected.norm()).item()
+        record.data[f"hidden states of {users} users: {way} against one pass, relative error"] = error
     ways = {
         "one pass": one_pass,
-        "cached": lambda: cache.run(history, count),
-        f"cached, {micro} at a time": lambda: [cache.run(first, micro) for first in range(history, history + count, micro)],
-        f"history again for each {micro}": lambda: [one_pass(history + micro, micro) for _ in range(count // micro)],
+        "cached": lambda: cache.score(history, count),
+        "cached, step of any mixture": lambda: cache.run(history, count),
+        f"cached, {micro} at a time": lambda: [cache.score(i, micro) for i in range(history, history + count, micro)],
+        f"history again for each {micro}": lambda: [few() for _ in range(count // micro)],
     }
     for run in ways.values():
         run()  # compiles what it needs
-    ready()
-    for name, run in ways.items():
-        name = f"stack {count} candidates N={history} users={users} {name}"
-        record.measurements.append(measure.measure(run, name=name, repeats=20, cuda_graph=True))
-        print(record.measurements[-1], flush=True)
+    return {f"stack {count} candidates N={history} users={users} {name}": run for name, run in ways.items()}
 
 
 @torch.inference_mode()
 def candidates(record: Record, ready: Callable[[], None] = lambda: None) -> None:
-    """512 candidates after 1,024 events, the stack alone."""
-    stack = HSTUStack(serving_config(), ops.get("triton")).cuda().bfloat16()
+    """512 candidates after 1,024 events, the stack alone: GPU time of graph replays."""
+    with torch.device("cuda"):
+        stack = HSTUStack(serving_config(), ops.get("triton")).bfloat16().eval()
     for name, parameter in stack.named_parameters():
         if "bias" in name:
             nn.init.normal_(parameter, std=0.02)
-    for users in (1, 8):
-        stack_candidates(record, stack, users, 1024, 512, 64, ready)
+    ways: dict[str, Callable] = {}
+    for users in (1, 4, 8):
+        ways |= stack_candidates(record, stack, users, 1024, 512, 64)
+    ready()
+    for name, run in ways.items():
+        record.measurements.append(measure.measure(run, name=name, repeats=20, cuda_graph=True))
+        print(record.measurements[-1], flush=True)
 
 
 def engine_candidates(engine: Engine, history: int = 1024, count: int = 512, micro: int = 64) -> tuple[list[Measurement], float]:
@@ -460,9 +487,7 @@ def run(folder: pathlib.Path, replicas: int, seconds: float, out: pathlib.Path |
     measure.write_record(steps, out)
     load(loads, group, "engines", telling, seconds, out)
     said("candidates")
-    if pipe.poll(1) and pipe.recv() == "ready":  # one user, then eight
-        pipe.send("go")
-        pipe.recv()
+    if pipe.poll(1) and pipe.recv() == "ready":
         pipe.send("go")
         if isinstance(record := pipe.recv(), Record):
             engine_seen, difference = group.tell("candidates", first_only=True)[0]

@@ -6,7 +6,16 @@ import triton
 GPU = torch.cuda.is_available()
 interpret = triton.knobs.runtime.interpret
 triton.knobs.runtime.interpret = not GPU  # only while the kernels are defined: other tests use Triton as it is
-from hstu_lab.ops import reference, triton_attention, triton_kv_write, triton_ops, triton_serving  # noqa: E402
+from hstu_lab.ops import (  # noqa: E402
+    reference,
+    triton_attention,
+    triton_candidates,
+    triton_decode,
+    triton_encoder,
+    triton_kv_write,
+    triton_ops,
+    triton_serving,
+)
 
 triton.knobs.runtime.interpret = interpret
 
@@ -25,6 +34,9 @@ __all__ = [
     "paged_case",
     "reference",
     "triton_attention",
+    "triton_candidates",
+    "triton_decode",
+    "triton_encoder",
     "triton_kv_write",
     "triton_ops",
     "triton_serving",
