@@ -189,6 +189,7 @@ def prepare_kernel(
                 tl.store(Ordered + b, ordered)
             full_tiles = least(m0 + 1, history) // BLOCK_N
             fast = full_tiles
+            now = q_time + first_time
             for first in range(part * CHUNK, full_tiles, PARTS * CHUNK):
                 tiles = first + tl.arange(0, CHUNK)
                 real = tiles < full_tiles
@@ -201,15 +202,15 @@ def prepare_kernel(
                 fast = least(fast, tl.reduce(tl.where(slow, least(tiles, full_tiles), full_tiles), 0, least))
                 tl.store(Lowest + (b * max_tiles + tile) * max_tiles_k + tiles, lowest + ((highest - lowest) << 8), mask=real)
                 # The keys of a tile come in order of time: where a row's bucket changes is a column, found by bisection.
-                crossed = tl.where(real & (slow == 0), highest - lowest, 0)
-                for index in tl.static_range(0, CHUNK):
-                    boundaries = tl.reduce(tl.where(tiles == first + index, crossed, 0), 0, add)
+                steps = tl.where(real & (slow == 0), lowest + ((highest - lowest) << 8), 0)
+                for index in range(0, CHUNK):
+                    step = tl.reduce(tl.where(tiles == first + index, steps, 0), 0, add)
+                    bucket, boundaries = step & 255, step >> 8
                     if boundaries > 0:
-                        bucket = tl.reduce(tl.where(tiles == first + index, lowest, 0), 0, add)
                         keys = Times + start + (first + index) * BLOCK_N
                         word = tl.full((BLOCK_M,), 0, tl.int32)
                         for number in range(0, boundaries):
-                            latest = q_time + (first_time - tl.load(Thresholds + bucket + number + 1))
+                            latest = now - tl.load(Thresholds + bucket + number + 1)
                             passed = tl.full((BLOCK_M,), 0, tl.int32)
                             for halving in tl.static_range(1, BISECT + 1):
                                 k_at = tl.load(keys + (passed + ((BLOCK_N >> halving) - 1)))
@@ -536,11 +537,9 @@ def bucket_tables(num_buckets: int, device: torch.device) -> tuple[Tensor, Tenso
     return as_tensor(thresholds, dtype=torch.int32), as_tensor(cells, dtype=torch.int64)
 
 
-def parts_of(max_tiles_k: int, programs: int) -> int:
-    """Programs that share the preparation of one row tile: several where a long sequence has row tiles too few (`programs`) to
-    fill a GPU, since the loads of one wait for each other.
-    """
-    return 8 if max_tiles_k > 4 * CHUNK.value and programs <= 64 else 1
+def parts_of(max_tiles_k: int) -> int:
+    """Programs that share the preparation of one row tile: one a chunk of key tiles, since its loads wait for each other."""
+    return min(8, triton.next_power_of_2(triton.cdiv(max_tiles_k, CHUNK.value)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -602,7 +601,7 @@ def plan(
 ) -> Plan:
     """Sizes and empty tables for `total` rows of `batch` sequences, none longer than `max_len`."""
     max_tiles, max_tiles_k = triton.cdiv(max_len, tiles.block_m), triton.cdiv(max_len, tiles.block_n)
-    parts = parts_of(max_tiles_k, batch * max_tiles)
+    parts = parts_of(max_tiles_k)
     origin = max_tiles * tiles.block_m  # no row of any tile lies beyond
     beyond = max(tiles.block_m, num_context) + max(tiles.block_n, tiles.block_s)
     table_len = origin + beyond + beyond % 2 + 2
@@ -655,9 +654,9 @@ def attention_jagged(
         prepare_kernel[(shared.max_tiles * shared.parts, batch + heads)](
             **shared.prepare_arguments(bias, times.long() if has_time else None, offsets, num_candidates, d), **flags,
             LADDER=tiles.ladder, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BISECT=tiles.block_n.bit_length() - 1,
-            CHUNK=CHUNK, SCAN=1024,
+            CHUNK=CHUNK, SCAN=512,
             TABLE_BLOCK=512, WIDE=q.dtype == torch.float32,
-            PARTS=shared.parts, num_warps=max(1, tiles.block_m // 32),  # a row a thread
+            PARTS=shared.parts, num_warps=1,
         )  # fmt: skip
     d_pad, dv_pad = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv))
     tma = tiles.tma and d == d_pad and dv == dv_pad and k.stride(1) == d and v.stride(1) == dv and use_tma(k, v)
