@@ -202,23 +202,45 @@ def prepare_kernel(
                 fast = least(fast, tl.reduce(tl.where(slow, least(tiles, full_tiles), full_tiles), 0, least))
                 tl.store(Lowest + (b * max_tiles + tile) * max_tiles_k + tiles, lowest + ((highest - lowest) << 8), mask=real)
                 # The keys of a tile come in order of time: where a row's bucket changes is a column, found by bisection.
-                steps = tl.where(real & (slow == 0), lowest + ((highest - lowest) << 8), 0)
-                for index in range(0, CHUNK):
-                    step = tl.reduce(tl.where(tiles == first + index, steps, 0), 0, add)
-                    bucket, boundaries = step & 255, step >> 8
-                    if boundaries > 0:
-                        keys = Times + start + (first + index) * BLOCK_N
-                        word = tl.full((BLOCK_M,), 0, tl.int32)
-                        for number in range(0, boundaries):
-                            latest = now - tl.load(Thresholds + bucket + number + 1)
-                            passed = tl.full((BLOCK_M,), 0, tl.int32)
-                            for halving in tl.static_range(1, BISECT + 1):
-                                k_at = tl.load(keys + (passed + ((BLOCK_N >> halving) - 1)))
-                                passed += tl.where(k_at <= latest, BLOCK_N >> halving, 0)
-                            passed += tl.where(tl.load(keys + passed) <= latest, 1, 0)
-                            word += passed << (8 * number)
-                        to = Bounds + ((b * max_tiles + tile) * max_tiles_k + first + index).to(tl.int64) * BLOCK_M
-                        tl.store(to + tl.arange(0, BLOCK_M), word)
+                if PARTS > 1:
+                    # Long sequences: tile after tile, so that no work is done for those without a boundary.
+                    steps = tl.where(real & (slow == 0), lowest + ((highest - lowest) << 8), 0)
+                    for index in range(0, CHUNK):
+                        step = tl.reduce(tl.where(tiles == first + index, steps, 0), 0, add)
+                        bucket, boundaries = step & 255, step >> 8
+                        if boundaries > 0:
+                            keys = Times + start + (first + index) * BLOCK_N
+                            word = tl.full((BLOCK_M,), 0, tl.int32)
+                            for number in range(0, boundaries):
+                                latest = now - tl.load(Thresholds + bucket + number + 1)
+                                passed = tl.full((BLOCK_M,), 0, tl.int32)
+                                for halving in tl.static_range(1, BISECT + 1):
+                                    k_at = tl.load(keys + (passed + ((BLOCK_N >> halving) - 1)))
+                                    passed += tl.where(k_at <= latest, BLOCK_N >> halving, 0)
+                                passed += tl.where(tl.load(keys + passed) <= latest, 1, 0)
+                                word += passed << (8 * number)
+                            to = Bounds + ((b * max_tiles + tile) * max_tiles_k + first + index).to(tl.int64) * BLOCK_M
+                            tl.store(to + tl.arange(0, BLOCK_M), word)
+                else:
+                    # Short ones: all tiles at once, so that few loads wait for each other.
+                    crossed = tl.where(real & (slow == 0), highest - lowest, 0)
+                    busiest = tl.reduce(crossed, 0, most)
+                    if busiest > 0:
+                        word = tl.full((CHUNK, BLOCK_M), 0, tl.int32)
+                        for number in tl.static_range(0, LADDER):
+                            if busiest > number:
+                                inside = (crossed > number)[:, None]
+                                latest = q_time[None, :] - tl.load(Thresholds + lowest + number + 1)[:, None]
+                                passed = tl.full((CHUNK, BLOCK_M), 0, tl.int32)
+                                for halving in tl.static_range(1, BISECT + 1):
+                                    where = base[:, None] + passed + ((BLOCK_N >> halving) - 1)
+                                    k_at = tl.load(where, mask=inside, other=0) - first_time
+                                    passed += tl.where(k_at <= latest, BLOCK_N >> halving, 0)
+                                k_at = tl.load(base[:, None] + passed, mask=inside, other=0) - first_time
+                                passed += tl.where(k_at <= latest, 1, 0)
+                                word += passed << (8 * number)
+                        to = Bounds + ((b * max_tiles + tile) * max_tiles_k + tiles[:, None]).to(tl.int64) * BLOCK_M
+                        tl.store(to + tl.arange(0, BLOCK_M)[None, :], word, mask=(crossed > 0)[:, None])
             tl.store(FastTiles + (b * max_tiles + tile) * PARTS + part, fast)
 
 
@@ -539,7 +561,8 @@ def bucket_tables(num_buckets: int, device: torch.device) -> tuple[Tensor, Tenso
 
 def parts_of(max_tiles_k: int) -> int:
     """Programs that share the preparation of one row tile: one a chunk of key tiles, since its loads wait for each other."""
-    return min(8, triton.next_power_of_2(triton.cdiv(max_tiles_k, CHUNK.value)))
+    chunks = triton.cdiv(max_tiles_k, CHUNK.value)
+    return 1 if chunks < 4 else min(8, triton.next_power_of_2(chunks))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -654,9 +677,9 @@ def attention_jagged(
         prepare_kernel[(shared.max_tiles * shared.parts, batch + heads)](
             **shared.prepare_arguments(bias, times.long() if has_time else None, offsets, num_candidates, d), **flags,
             LADDER=tiles.ladder, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BISECT=tiles.block_n.bit_length() - 1,
-            CHUNK=CHUNK, SCAN=512,
+            CHUNK=CHUNK, SCAN=1024 if shared.parts == 1 else 512,
             TABLE_BLOCK=512, WIDE=q.dtype == torch.float32,
-            PARTS=shared.parts, num_warps=1,
+            PARTS=shared.parts, num_warps=4 if shared.parts == 1 else 1,
         )  # fmt: skip
     d_pad, dv_pad = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv))
     tma = tiles.tma and d == d_pad and dv == dv_pad and k.stride(1) == d and v.stride(1) == dv and use_tma(k, v)

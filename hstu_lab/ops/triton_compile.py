@@ -131,13 +131,15 @@ def _specification(name: str, capability: int, d: int, length: int) -> tuple[obj
     if name == "prepare":
         table = torch.zeros(1, 1)
         tiles = attention.default_tiles(torch.bfloat16, d, length, 128, RelativeBias(table, table), capability)
+        parts = attention.parts_of(triton.cdiv(length, tiles.block_n))
         arguments = {
             "HAS_POSITION": True, "HAS_TIME": True, "HAS_CANDIDATES": False, "LADDER": tiles.ladder, "BLOCK_M": tiles.block_m,
-            "BLOCK_N": tiles.block_n, "BISECT": tiles.block_n.bit_length() - 1, "CHUNK": attention.CHUNK.value, "SCAN": 512,
-            "TABLE_BLOCK": 512, "WIDE": False, "PARTS": attention.parts_of(triton.cdiv(length, tiles.block_n)),
+            "BLOCK_N": tiles.block_n, "BISECT": tiles.block_n.bit_length() - 1, "CHUNK": attention.CHUNK.value,
+            "SCAN": 1024 if parts == 1 else 512,
+            "TABLE_BLOCK": 512, "WIDE": False, "PARTS": parts,
             "NumCandidates": None,
         }  # fmt: skip
-        return attention.prepare_kernel, arguments, 1, 3, {}, None
+        return attention.prepare_kernel, arguments, 4 if parts == 1 else 1, 3, {}, None
     if name == "extend" and capability >= 90:
         return _extend(d)
     if name in ("decode", "extend"):
