@@ -1,6 +1,8 @@
 """Measure the Triton kernels on the GPU that is here and write what was seen to data/measured/<device>/triton_*.json.
 
-    python -m hstu_lab.kernel_bench [attention] [steps] [paged] [memory] [calibration] [stack] [ampere] [tests] [--out FOLDER]
+    python -m hstu_lab.kernel_bench [--out FOLDER] [PART ...]
+
+Parts: tests, ampere, attention, steps, paged, memory, calibration, special, stack; all of them by default.
 
 Every ratio compares two measurements of one run. Needs PyTorch, Triton and an NVIDIA GPU, nothing else of the project's stack.
 """
@@ -20,6 +22,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -144,10 +148,18 @@ def steps(record: measure.Record) -> None:
 
 
 def paged(record: measure.Record) -> None:
-    """Decode against the copy bandwidth, extend against the larger of its two times (bytes, flops)."""
+    """Decode against the copy bandwidth, extend against the larger of its two times (bytes, flops).
+
+    A GPU that has warmed up is a slower GPU: the matrix product is timed again before and after every chunk.
+    """
     g = torch.Generator("cuda").manual_seed(0)
     results, shares = record.measurements, record.data.setdefault("share of roofline", {})
     copy, matmul = ceilings(record)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=BF16) for _ in range(2))
+
+    def product(when):
+        results.append(timed(lambda: a @ b, f"matrix product 8192 {when}", flops=2 * 8192**3, graph=False))
+        return results[-1].flops_per_second
 
     def cache(batch, length, heads, d, page):
         blocks = batch * length // page
@@ -168,9 +180,13 @@ def paged(record: measure.Record) -> None:
         moved = 2 * 2 * batch * heads * d * (length + queries)
         flops = 4 * batch * heads * d * queries * (length - queries / 2)
         name = f"{'decode' if queries == 1 else f'extend {queries}'} B={batch} N={length} H={heads} d={d} page={page}"
+        run()
+        before = product(f"before {name}") if queries > 1 else matmul
         results.append(timed(run, name, flops=flops, moved=moved))
-        floor = max(moved / copy, flops / matmul)
-        shares[name] = floor / results[-1].median
+        median = results[-1].median
+        after = product(f"after {name}") if queries > 1 else matmul
+        matmul = (before + after) / 2
+        shares[name] = max(moved / copy, flops / matmul) / median
         print(f"{'':44s} {100 * shares[name]:.0f} % of roofline ({'bytes' if moved / copy > flops / matmul else 'flops'})")
     for kind in ("position", "position+time"):
         batch, length, heads, d = 64, 1024, 16, 64
@@ -223,6 +239,28 @@ def calibration(record: measure.Record) -> None:
     shared = torch.cuda.get_device_properties(0).shared_memory_per_multiprocessor
     registers = 32 * kernel.num_warps * (-(-kernel.registers // 8) * 8)
     record.data["programs an SM"] = min(65536 // registers, shared // (kernel.shared_bytes + 1024))
+
+
+@triton.jit
+def special_kernel(Out, rounds, OPERATION: tl.constexpr):
+    """`rounds` special functions, one after another, on each of 1,024 numbers a program."""
+    at = tl.arange(0, 1024)
+    x = at.to(tl.float32) / 1024
+    for _ in range(rounds):
+        x = tl.inline_asm_elementwise(OPERATION, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    tl.store(Out + at, x)
+
+
+def special(record: measure.Record) -> None:
+    """How many special functions an SM does: tanh against an exponential."""
+    out, rounds = torch.empty(1024, device="cuda"), 512
+    programs = 16 * torch.cuda.get_device_properties(0).multi_processor_count
+    for operation in ("tanh.approx.f32", "ex2.approx.ftz.f32"):
+        run = functools.partial(special_kernel[(programs,)], out, rounds, f"{operation} $0, $1;", num_warps=4)
+        work = {"special functions": programs * 1024 * rounds}
+        result = measure.measure(run, name=operation, repeats=20, min_time=0.06, cuda_graph=True, work=work)
+        record.measurements.append(result)
+        print(f"{operation:44s} {result.median * 1e6:9.1f} us  {work['special functions'] / result.median / 1e12:.2f} T a second")
 
 
 def memory(record: measure.Record) -> None:
@@ -428,6 +466,7 @@ PARTS = {
     "paged": ("triton_paged", paged),
     "memory": ("triton_memory", memory),
     "calibration": ("triton_calibration", calibration),
+    "special": ("triton_calibration", special),
     "stack": ("triton_stack", stack),
 }
 

@@ -149,3 +149,10 @@ def test_long_sequences_on_the_gpu(bias, d):
     """The tiles that long input gets, masked and unmasked loops both busy."""
     got = error(*attention_case([2048, 1, 1500, 1025], heads=4, d=d, dv=d, bias=bias, dtype=torch.bfloat16, max_seq_len=2048))
     assert got <= LIMITS[torch.bfloat16]
+
+
+@cpu_only
+def test_a_long_history_is_prepared_in_parts():
+    """Tiles of 16 in the interpreter: 420 events are 27 tiles of keys, enough for several programs to share a row of tiles."""
+    assert triton_attention.parts_of(27) > 1
+    assert error(*attention_case([420], heads=1, bias="both", max_seq_len=512)) < 1e-5

@@ -58,11 +58,22 @@ def test_the_roofline_counts_instructions_as_they_are(name, bias):
 
 
 @pytest.mark.parametrize("d", [64, 128])
-@pytest.mark.parametrize("name", ["attention", "attention_position", "attention_bias"])
+@pytest.mark.parametrize("name", ["attention", "attention_position", "attention_bias", "extend"])
 def test_matrix_instructions_follow_each_other(name, d):
     """Where ptxas cannot keep a product in flight it waits after each instruction, one WARPGROUP.ARRIVE before every HGMMA."""
     kernel = triton_compile.compile_kernel(name, 90, d)
     assert kernel.instructions("WARPGROUP.ARRIVE") < kernel.instructions("HGMMA") / 2
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_chunks_on_hopper_are_copied_beside_the_loop(d):
+    """The warps that compute load nothing."""
+    kernel = triton_compile.compile_kernel("extend", 90, d)
+    body = kernel.loop("MUFU.TANH")
+    assert sum("HGMMA" in line for line in body) == 8 * d // 64
+    assert not any("LDG" in line for line in body)
+    assert kernel.instructions("UTMALDG") >= 2 * 4 * d // 64  # keys and values, four pages of 16 a tile
+    assert kernel.spilled_bytes == 0
 
 
 def test_interpreter_survives_compilation():

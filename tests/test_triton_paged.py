@@ -60,6 +60,30 @@ def test_random_batches_on_the_gpu(dtype, chunk):
         assert got <= LIMITS[dtype], (seed, seq_lens, counts, options, got)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_chunks_without_a_bias_on_the_gpu(dtype, monkeypatch):
+    """The kernel that Hopper has for them, split and whole; fewer tiles than buffers, idle sequences, pages of every kind."""
+    launched = []
+    if torch.cuda.get_device_capability()[0] == 9:
+        from hstu_lab.ops import triton_extend
+
+        launch = triton_extend.launch
+        monkeypatch.setattr(triton_extend, "launch", lambda *args, **kw: (launched.append(kw["tiles"]), launch(*args, **kw)))
+    for seed in range(20):
+        draw = random.Random(seed)
+        batch, longest = draw.choice([(1, 2000), (3, 1200), (70, 200)])
+        seq_lens = [draw.choice([1, 63, 64, 65, 128, draw.randrange(1, longest)]) for _ in range(batch)]
+        counts = [draw.choice([0, n, draw.randrange(1, n + 1)]) for n in seq_lens]
+        counts[0] = max(1, counts[0])
+        d, page = draw.choice([64, 128]), draw.choice([8, 16, 32, 64, 256])
+        options = {"heads": draw.choice([1, 4]), "d": d, "dv": d, "dtype": dtype, "page": page, "max_seq_len": 1024}
+        got = error(*paged_case(seq_lens, counts, seed=seed, **options))
+        assert got <= LIMITS[dtype], (seed, seq_lens, counts, options, got)
+    if torch.cuda.get_device_capability()[0] == 9:
+        assert {1} < {tiles.splits for tiles in launched}
+
+
 def history_case(seed: int, dtype=torch.float32, heads=2, d=16, page=4, longest=40, bias="both"):
     """Error of a batch whose sequences end in candidates that lie in the cache, cut into chunks at random."""
     draw = random.Random(seed)

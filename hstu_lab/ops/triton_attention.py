@@ -189,6 +189,7 @@ def prepare_kernel(
                 tl.store(Ordered + b, ordered)
             full_tiles = least(m0 + 1, history) // BLOCK_N
             fast = full_tiles
+            now = q_time + first_time
             for first in range(part * CHUNK, full_tiles, PARTS * CHUNK):
                 tiles = first + tl.arange(0, CHUNK)
                 real = tiles < full_tiles
@@ -201,24 +202,45 @@ def prepare_kernel(
                 fast = least(fast, tl.reduce(tl.where(slow, least(tiles, full_tiles), full_tiles), 0, least))
                 tl.store(Lowest + (b * max_tiles + tile) * max_tiles_k + tiles, lowest + ((highest - lowest) << 8), mask=real)
                 # The keys of a tile come in order of time: where a row's bucket changes is a column, found by bisection.
-                crossed = tl.where(real & (slow == 0), highest - lowest, 0)
-                busiest = tl.reduce(crossed, 0, most)
-                if busiest > 0:
-                    word = tl.full((CHUNK, BLOCK_M), 0, tl.int32)
-                    for number in tl.static_range(0, LADDER):
-                        if busiest > number:
-                            inside = (crossed > number)[:, None]
-                            latest = q_time[None, :] - tl.load(Thresholds + lowest + number + 1)[:, None]
-                            passed = tl.full((CHUNK, BLOCK_M), 0, tl.int32)
-                            for halving in tl.static_range(1, BISECT + 1):
-                                where = base[:, None] + passed + ((BLOCK_N >> halving) - 1)
-                                k_at = tl.load(where, mask=inside, other=0) - first_time
-                                passed += tl.where(k_at <= latest, BLOCK_N >> halving, 0)
-                            k_at = tl.load(base[:, None] + passed, mask=inside, other=0) - first_time
-                            passed += tl.where(k_at <= latest, 1, 0)
-                            word += passed << (8 * number)
-                    to = Bounds + ((b * max_tiles + tile) * max_tiles_k + tiles[:, None]).to(tl.int64) * BLOCK_M
-                    tl.store(to + tl.arange(0, BLOCK_M)[None, :], word, mask=(crossed > 0)[:, None])
+                if PARTS > 1:
+                    # Long sequences: tile after tile, so that no work is done for those without a boundary.
+                    steps = tl.where(real & (slow == 0), lowest + ((highest - lowest) << 8), 0)
+                    for index in range(0, CHUNK):
+                        step = tl.reduce(tl.where(tiles == first + index, steps, 0), 0, add)
+                        bucket, boundaries = step & 255, step >> 8
+                        if boundaries > 0:
+                            keys = Times + start + (first + index) * BLOCK_N
+                            word = tl.full((BLOCK_M,), 0, tl.int32)
+                            for number in range(0, boundaries):
+                                latest = now - tl.load(Thresholds + bucket + number + 1)
+                                passed = tl.full((BLOCK_M,), 0, tl.int32)
+                                for halving in tl.static_range(1, BISECT + 1):
+                                    k_at = tl.load(keys + (passed + ((BLOCK_N >> halving) - 1)))
+                                    passed += tl.where(k_at <= latest, BLOCK_N >> halving, 0)
+                                passed += tl.where(tl.load(keys + passed) <= latest, 1, 0)
+                                word += passed << (8 * number)
+                            to = Bounds + ((b * max_tiles + tile) * max_tiles_k + first + index).to(tl.int64) * BLOCK_M
+                            tl.store(to + tl.arange(0, BLOCK_M), word)
+                else:
+                    # Short ones: all tiles at once, so that few loads wait for each other.
+                    crossed = tl.where(real & (slow == 0), highest - lowest, 0)
+                    busiest = tl.reduce(crossed, 0, most)
+                    if busiest > 0:
+                        word = tl.full((CHUNK, BLOCK_M), 0, tl.int32)
+                        for number in tl.static_range(0, LADDER):
+                            if busiest > number:
+                                inside = (crossed > number)[:, None]
+                                latest = q_time[None, :] - tl.load(Thresholds + lowest + number + 1)[:, None]
+                                passed = tl.full((CHUNK, BLOCK_M), 0, tl.int32)
+                                for halving in tl.static_range(1, BISECT + 1):
+                                    where = base[:, None] + passed + ((BLOCK_N >> halving) - 1)
+                                    k_at = tl.load(where, mask=inside, other=0) - first_time
+                                    passed += tl.where(k_at <= latest, BLOCK_N >> halving, 0)
+                                k_at = tl.load(base[:, None] + passed, mask=inside, other=0) - first_time
+                                passed += tl.where(k_at <= latest, 1, 0)
+                                word += passed << (8 * number)
+                        to = Bounds + ((b * max_tiles + tile) * max_tiles_k + tiles[:, None]).to(tl.int64) * BLOCK_M
+                        tl.store(to + tl.arange(0, BLOCK_M)[None, :], word, mask=(crossed > 0)[:, None])
             tl.store(FastTiles + (b * max_tiles + tile) * PARTS + part, fast)
 
 
@@ -404,14 +426,22 @@ def attention_kernel(
         if HAS_TIME:
             q_time = tl.load(Relative + start + rows, mask=rows < length, other=0)
         for n0 in range(fast_end, key_end, BLOCK_S):
-            keys = n0 + near
+            # Columns counted from n0: from 0, the compiler would compare in 64 bits.
+            there = near < history - n0
             scores = tl.full((BLOCK_M, BLOCK_S), 0.0, tl.float32)
             if HAS_POSITION and not AFTER:
                 scores = position_pairs(p_rows, p_shift, p_near, n0, PLAIN)
             if HAS_TIME:
-                k_time = tl.load(Relative + start + keys, mask=keys < history, other=0)
+                k_time = tl.load(Relative + start + n0 + near, mask=there, other=0)
                 by_time = time_bias_of(tl.abs(q_time[:, None] - k_time[None, :]), lut, WIDE, PLAIN)
-            k = tl.load(k_tile + (start + n0) * k_row, mask=(keys[None, :] < history) & (dims[:, None] < D), other=0.0)
+            if D_PAD == D:
+                k = tl.load(k_tile + (start + n0) * k_row, mask=there[None, :], other=0.0)
+            else:
+                k = tl.load(k_tile + (start + n0) * k_row, mask=there[None, :] & (dims[:, None] < D), other=0.0)
+            if DV_PAD == DV:
+                v = tl.load(v_tile + (start + n0) * v_row, mask=there[:, None], other=0.0)
+            else:
+                v = tl.load(v_tile + (start + n0) * v_row, mask=there[:, None] & (value_dims[None, :] < DV), other=0.0)
             if HAS_POSITION:
                 # Without this ptxas finds the bias to be written into a product under way, and then runs every matrix
                 # instruction of the kernel one at a time (its warning C7515).
@@ -421,12 +451,11 @@ def attention_kernel(
                 half += position_pairs(p_rows, p_shift, p_near, n0, PLAIN)
             if HAS_TIME:
                 half += by_time
-            allowed = keys[None, :] <= last_key[:, None]
+            allowed = near[None, :] <= (last_key - n0)[:, None]
             if NUM_CONTEXT > 1:
-                allowed = allowed | ((position[:, None] < NUM_CONTEXT) & (keys[None, :] < least(NUM_CONTEXT, history)))
+                allowed = allowed | ((position[:, None] < NUM_CONTEXT) & (near[None, :] < least(NUM_CONTEXT, history) - n0))
             # SiLU(0) is 0; masking the weights instead would cost twice as much, on half-precision pairs.
             weights = silu_of_half(tl.where(allowed, half, 0.0), EXACT).to(q.dtype)
-            v = tl.load(v_tile + (start + n0) * v_row, mask=(keys[:, None] < history) & (value_dims[None, :] < DV), other=0.0)
             acc = tl.dot(weights, v, acc, input_precision=PRECISION)
 
         if HAS_CANDIDATES:  # noqa: SIM102
@@ -530,11 +559,10 @@ def bucket_tables(num_buckets: int, device: torch.device) -> tuple[Tensor, Tenso
     return as_tensor(thresholds, dtype=torch.int32), as_tensor(cells, dtype=torch.int64)
 
 
-def parts_of(max_tiles_k: int, programs: int) -> int:
-    """Programs that share the preparation of one row tile: several where a long sequence has row tiles too few (`programs`) to
-    fill a GPU, since the loads of one wait for each other.
-    """
-    return 8 if max_tiles_k > 4 * CHUNK.value and programs <= 64 else 1
+def parts_of(max_tiles_k: int) -> int:
+    """Programs that share the preparation of one row tile: one a chunk of key tiles, since its loads wait for each other."""
+    chunks = triton.cdiv(max_tiles_k, CHUNK.value)
+    return 1 if chunks < 4 else min(8, triton.next_power_of_2(chunks))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -596,7 +624,7 @@ def plan(
 ) -> Plan:
     """Sizes and empty tables for `total` rows of `batch` sequences, none longer than `max_len`."""
     max_tiles, max_tiles_k = triton.cdiv(max_len, tiles.block_m), triton.cdiv(max_len, tiles.block_n)
-    parts = parts_of(max_tiles_k, batch * max_tiles)
+    parts = parts_of(max_tiles_k)
     origin = max_tiles * tiles.block_m  # no row of any tile lies beyond
     beyond = max(tiles.block_m, num_context) + max(tiles.block_n, tiles.block_s)
     table_len = origin + beyond + beyond % 2 + 2
@@ -649,9 +677,9 @@ def attention_jagged(
         prepare_kernel[(shared.max_tiles * shared.parts, batch + heads)](
             **shared.prepare_arguments(bias, times.long() if has_time else None, offsets, num_candidates, d), **flags,
             LADDER=tiles.ladder, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BISECT=tiles.block_n.bit_length() - 1,
-            CHUNK=CHUNK, SCAN=1024,
+            CHUNK=CHUNK, SCAN=1024 if shared.parts == 1 else 512,
             TABLE_BLOCK=512, WIDE=q.dtype == torch.float32,
-            PARTS=shared.parts,
+            PARTS=shared.parts, num_warps=4 if shared.parts == 1 else 1,
         )  # fmt: skip
     d_pad, dv_pad = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv))
     tma = tiles.tma and d == d_pad and dv == dv_pad and k.stride(1) == d and v.stride(1) == dv and use_tma(k, v)

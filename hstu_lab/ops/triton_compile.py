@@ -92,7 +92,7 @@ _TYPES = {
 _ALIGNED = ("x_row", "gate_row", "width", "columns", "depth", "residual_row", "size")
 
 
-def _attention(d: int, position: bool, time: bool, tma: bool, tiles) -> dict:
+def _attention(d: int, position: bool, time: bool, tma: bool, tiles, parts: int) -> dict:
     absent = () if time else ("Relative", "FastTiles", "Ordered", "Lowest", "Bounds", "Steps", "Lut")
     absent += () if position else ("PositionTable",)
     return {
@@ -101,8 +101,19 @@ def _attention(d: int, position: bool, time: bool, tma: bool, tiles) -> dict:
         "GROUP": tiles.group, "NUM_CONTEXT": 1, "HAS_CANDIDATES": False, "HAS_POSITION": position, "HAS_TIME": time,
         "EXACT": False,
         "TMA": tma, "PRECISION": "tf32", "PLAIN": False, "LADDER": tiles.ladder, "AFTER": tiles.after, "WIDE": False,
-        "PARTS": 1,
+        "PARTS": parts,
     }  # fmt: skip
+
+
+def _extend(d: int) -> tuple[object, dict, int, None, dict, int]:
+    """`_specification` of the kernel for chunks of queries on Hopper, over pages of 16."""
+    from hstu_lab.ops import triton_extend
+
+    tiles = triton_extend.default_tiles(d)
+    arguments = {"D": d, "PAGE": 16, "BLOCK_N": tiles.block_n, "STAGES": tiles.stages, "SCALED": d == 64}
+    block = f"tensordesc<bf16[16, {triton_extend.WIDTH.value}],{triton_extend.SHARED.value!r}>"
+    descriptors = dict.fromkeys(("KeyTiles", "ValueTiles"), block)
+    return triton_extend.extend_kernel, arguments, 4, None, descriptors, tiles.maxnreg
 
 
 def _specification(name: str, capability: int, d: int, length: int) -> tuple[object, dict, int, int, dict, int | None]:
@@ -115,18 +126,22 @@ def _specification(name: str, capability: int, d: int, length: int) -> tuple[obj
         bias = RelativeBias(*(torch.zeros(1, 1) if there else None for there in (position, time)))
         tiles = attention.default_tiles(torch.bfloat16, d, length, 128, bias, capability)
         descriptors = dict.fromkeys(("KTiles", "VTiles"), f"tensordesc<bf16[{tiles.block_n}, {d}]>") if tma else {}
-        arguments = _attention(d, position, time, tma, tiles)
+        arguments = _attention(d, position, time, tma, tiles, attention.parts_of(triton.cdiv(length, tiles.block_n)))
         return attention.attention_kernel, arguments, tiles.num_warps, tiles.num_stages, descriptors, tiles.maxnreg
     if name == "prepare":
         table = torch.zeros(1, 1)
         tiles = attention.default_tiles(torch.bfloat16, d, length, 128, RelativeBias(table, table), capability)
+        parts = attention.parts_of(triton.cdiv(length, tiles.block_n))
         arguments = {
             "HAS_POSITION": True, "HAS_TIME": True, "HAS_CANDIDATES": False, "LADDER": tiles.ladder, "BLOCK_M": tiles.block_m,
-            "BLOCK_N": tiles.block_n, "BISECT": tiles.block_n.bit_length() - 1, "CHUNK": attention.CHUNK.value, "SCAN": 1024,
-            "TABLE_BLOCK": 512, "WIDE": False, "PARTS": 1,
+            "BLOCK_N": tiles.block_n, "BISECT": tiles.block_n.bit_length() - 1, "CHUNK": attention.CHUNK.value,
+            "SCAN": 1024 if parts == 1 else 512,
+            "TABLE_BLOCK": 512, "WIDE": False, "PARTS": parts,
             "NumCandidates": None,
         }  # fmt: skip
-        return attention.prepare_kernel, arguments, 4, 3, {}, None
+        return attention.prepare_kernel, arguments, 4 if parts == 1 else 1, 3, {}, None
+    if name == "extend" and capability >= 90:
+        return _extend(d)
     if name in ("decode", "extend"):
         tiles = paged.default_tiles(torch.bfloat16, d, 16, 1 if name == "decode" else 512, capability)
         block_m, block_n = tiles.block_m, tiles.block_n
@@ -182,8 +197,9 @@ def compile_kernel(name: str, capability: int = 80, d: int = 64, length: int = 4
         if t.startswith("*") or a in _ALIGNED or (t == "i32" and a.endswith(("_row", "_head", "_page", "_slot")))
     ]  # fmt: skip
     attributes = {(kernel.arg_names.index(a),): [["tt.divisibility", 16]] for a in aligned}
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, **({} if cap is None else {"maxnreg": cap})}
-    source = ASTSource(kernel, signature, arguments, attributes)
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, "maxnreg": cap}
+    options = {option: value for option, value in options.items() if value is not None}
+    source = (_gluon_source() if kernel.is_gluon() else ASTSource)(kernel, signature, arguments, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage, sass = _inspect(compiled.asm["cubin"])
     return CompiledKernel(
@@ -191,6 +207,12 @@ def compile_kernel(name: str, capability: int = 80, d: int = 64, length: int = 4
         compiled.asm["ttgir"], compiled.asm["ptx"], sass, compiled.metadata.name,
         tuple((a, t) for a, t in signature.items() if t != "constexpr"),
     )  # fmt: skip
+
+
+def _gluon_source() -> type[ASTSource]:
+    from triton.experimental.gluon._runtime import GluonASTSource  # beside ASTSource in no public module
+
+    return GluonASTSource
 
 
 def _inspect(cubin: bytes) -> tuple[dict[str, int], str]:

@@ -7,6 +7,8 @@ computes next to nothing, so it is split until the memory system is full; a long
 from __future__ import annotations
 
 import dataclasses
+import functools
+import types
 
 import torch
 import triton
@@ -305,6 +307,37 @@ def _split(tiles: PagedTiles, q: Tensor, max_queries: int, max_keys: int, pairs:
     return dataclasses.replace(tiles, splits=max(1, min(wanted, triton.cdiv(max_keys, 2 * tiles.block_n), 16)))
 
 
+@functools.cache
+def _gluon() -> types.ModuleType | None:
+    """`triton_extend`; None where this Triton has no Gluon as that module knows it (it is experimental)."""
+    try:
+        from hstu_lab.ops import triton_extend
+    except (ImportError, AttributeError):
+        return None
+    return triton_extend
+
+
+def _extend_tiles(q: Tensor, caches: tuple[Tensor, Tensor], max_queries: int, max_keys: int, pairs: int):
+    """Tiles of `triton_extend` where that kernel is made for the work and the faster one, else None."""
+    (_, page, _, d), dv = caches[0].shape, caches[1].shape[3]
+    if max_queries <= 64 or capability(q) != 90 or not use_tma(*caches) or _gluon() is None:
+        return None
+    if not _gluon().takes(q.dtype, d, dv, page) or any(cache.stride(0) != page * cache.stride(1) for cache in caches):
+        return None
+    tiles = _gluon().default_tiles(d)
+    programs = pairs * triton.cdiv(max_queries, _gluon().QUERIES.value)
+    wanted = tiles.resident * processors(q) // programs
+    return dataclasses.replace(tiles, splits=max(1, min(wanted, triton.cdiv(max_keys, 8 * tiles.block_n), 16)))
+
+
+def _summed(parts: Tensor, out: Tensor) -> Tensor:
+    """`out`, after the sum over the first dimension of `parts` has been written to it, unless it is `parts` itself."""
+    if parts is not out:
+        block = 1024
+        sum_splits_kernel[(triton.cdiv(out.numel(), block),)](parts, out, out.numel(), parts.shape[0], BLOCK=block)
+    return out
+
+
 def _as_rows(cache: Tensor, block: int) -> TensorDescriptor:
     """A cache (blocks, page, H, d) as rows of all heads, read in tiles of `block` rows of one head."""
     blocks, page, heads, d = cache.shape
@@ -339,14 +372,21 @@ def attention_paged(
     position = bias.position if bias else None
     if time is not None and (query_times is None or slot_times is None):
         raise ValueError("query_times or slot_times is None: a time bias needs the time of every token")
+    plain = all(x is None for x in (position, time, candidates, history_lens, tile_list)) and num_context <= 1
+    if tiles is None and plain:
+        tiles = _extend_tiles(q, (key_cache, value_cache), max_queries, block_table.shape[1] * page, batch * heads)
     if tiles is None:
         tiles = default_tiles(q.dtype, max(d, dv), page, max_queries, capability(q))
         tiles = _split(tiles, q, max_queries, block_table.shape[1] * page, batch * heads)
     own_k, own_v = candidates or (None, None)
     if any(t is not None and t.stride(-1) != 1 for t in (q, key_cache, value_cache, own_k, own_v, block_table, slot_times)):
         raise ValueError("the last dimension of q, the caches, the block table and the candidates must be contiguous")
-    cells = None if time is None else bucket_tables(time.shape[1], q.device)[1]
     parts = out if tiles.splits == 1 else torch.empty(tiles.splits, *out.shape, dtype=torch.float32, device=q.device)
+    if not isinstance(tiles, PagedTiles):
+        options = {"divisor": divisor, "max_queries": max_queries, "tiles": tiles}
+        _gluon().launch(q, key_cache, value_cache, parts, block_table, query_offsets, seq_lens, **options)
+        return _summed(parts, out)
+    cells = None if time is None else bucket_tables(time.shape[1], q.device)[1]
     tiles_m = triton.cdiv(max_queries, tiles.block_m)
     strides = [*q.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3], 0 if time is None else slot_times.stride(0)]
     for own in (own_k, own_v):
@@ -372,7 +412,4 @@ def attention_paged(
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         **({} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg}),
     )  # fmt: skip
-    if tiles.splits > 1:
-        block = 1024
-        sum_splits_kernel[(triton.cdiv(out.numel(), block),)](parts, out, out.numel(), tiles.splits, BLOCK=block)
-    return out
+    return _summed(parts, out)
