@@ -332,7 +332,7 @@ class HotCache:
         reader.wait_event(self._work[(clock - 2) % len(self._work)].published)
         if self._must_see is not None:
             reader.wait_event(self._must_see)
-        self._kernels.lookup(ids, self.state, out, *lists, want, counts, clock)
+        self._kernels.lookup(ids, self.state, out, *lists, want, counts, clock, stream=reader)
         work.looked.record(reader)
         self._readers[reader] = work.looked
         for event in self._readers.values():

@@ -10,6 +10,7 @@ that once for each cache; afterwards it calls the compiled kernel with plain add
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 import triton
@@ -29,21 +30,23 @@ def launch(compiled: dict, key: tuple, kernel, grid: int, arguments: tuple, cons
     tell apart all that Triton specialises on and that is not fixed for the cache.
     """
     known = compiled.get(key)
-    if known is not None:
-        # The table alone stays a tensor: its pinned memory may have another address on the device.
-        plain = (a.data_ptr() if isinstance(a, Tensor) and a.is_cuda else a for a in arguments)
-        known[grid, 1, 1](*plain, *constants.values(), stream=stream and stream.cuda_stream)
+    if known is None:
+        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+            done = kernel[(grid,)](*arguments, **constants, num_warps=warps)
+        if not interpreted():
+            compiled[key] = done
         return
-    with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
-        done = kernel[(grid,)](*arguments, **constants, num_warps=warps)
-    if not interpreted():
-        compiled[key] = done
+    stream = (stream or torch.cuda.current_stream(arguments[0].device)).cuda_stream
+    # The table alone stays a tensor: its pinned memory may have another address on the device.
+    plain = [a.data_ptr() if isinstance(a, Tensor) and a.is_cuda else a for a in arguments]
+    known.run(grid, 1, 1, stream, known.function, known.packed_metadata, None, None, None, *plain, *constants.values())
 
 
-def rows_a_program(width: int) -> dict:
-    """Constants of the kernels that copy rows of `width`."""
+@functools.cache
+def copying(width: int, copy: bool, scaled: bool) -> dict:
+    """Constants of the kernels that copy rows."""
     padded = triton.next_power_of_2(width)
-    return {"ROWS": max(1, (256 if interpreted() else 4096) // padded), "WIDTH": padded}
+    return {"ROWS": max(1, (256 if interpreted() else 4096) // padded), "WIDTH": padded, "COPY": copy, "SCALED": scaled}
 
 
 @triton.jit(do_not_specialize=["count", "clock"], do_not_specialize_on_alignment=LISTS)
@@ -55,7 +58,9 @@ def lookup_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     given = row < count
     index = tl.load(Ids + row, mask=given, other=0)
-    slot = tl.load(SlotOf + index, mask=given, other=-1)
+    # Not a load: each warp would do its own, and rows are published meanwhile; one that sees a miss where the others see a hit
+    # would leave its part of the row unwritten. An atomic is done once, and its result handed to all warps.
+    slot = tl.atomic_or(SlotOf + index, 0, mask=given, sem="relaxed")
     hit = given & (slot >= 0)
     where = tl.where(hit, slot, 0).to(tl.int64)
     if COPY:
@@ -79,19 +84,20 @@ def lookup_kernel(
 
 
 def lookup(
-    ids: Tensor, state, out: Tensor | None, miss_at: Tensor, miss_rank: Tensor, want: Tensor, counts: Tensor, clock: int
-) -> None:
+    ids: Tensor, state, out: Tensor | None, miss_at: Tensor, miss_rank: Tensor, want: Tensor, counts: Tensor, clock: int,
+    stream=None,
+) -> None:  # fmt: skip
     """See `hot_cache.lookup`."""
     count, width = ids.shape[0], state.slots.shape[1]
     if count == 0:
         return
-    constants = rows_a_program(width) | {"COPY": out is not None, "SCALED": state.slots.dtype == torch.int8}
+    constants = copying(width, out is not None, state.slots.dtype == torch.int8)
     arguments = (
         ids, state.slot_of, state.slots, state.slot_scales, state.slots if out is None else out, state.last_used, state.uses,
         state.claimed, miss_at, miss_rank, want, counts, count, width, clock,
     )  # fmt: skip
     key = "lookup", out is not None and out.dtype
-    launch(state.compiled, key, lookup_kernel, triton.cdiv(count, constants["ROWS"]), arguments, constants)
+    launch(state.compiled, key, lookup_kernel, -(-count // constants["ROWS"]), arguments, constants, stream)
 
 
 @triton.jit(do_not_specialize_on_alignment=LISTS)
@@ -128,12 +134,12 @@ def fetch(
     count, width = ids.shape[0], state.slots.shape[1]
     if count == 0:
         return
-    constants = rows_a_program(width) | {"COPY": out is not None, "SCALED": state.slots.dtype == torch.int8}
+    constants = copying(width, out is not None, state.slots.dtype == torch.int8)
     arguments = (
         ids, state.table, state.table_scales, state.slots if out is None else out, state.slots, state.slot_scales,
         miss_at, miss_rank, counts, state.spare, state.spare.shape[0], width,
     )  # fmt: skip
-    grid = 1 if interpreted() else min(programs, triton.cdiv(count, constants["ROWS"]))
+    grid = 1 if interpreted() else min(programs, -(-count // constants["ROWS"]))
     launch(state.compiled, ("fetch", out is not None and out.dtype), fetch_kernel, grid, arguments, constants, stream)
 
 
@@ -150,6 +156,7 @@ def publish_kernel(
     used = given & (spare >= 0) & (r < wanted)
     index = tl.load(Want + r, mask=used, other=0)
     used = used & (tl.load(SlotOf + index, mask=used, other=0) < 0)
+    tl.debug_barrier()  # threads that hold the same element must all have read it before one of them changes it
     tl.store(SlotOf + index, spare, mask=used)
     tl.store(IdOf + spare, index, mask=used)
     tl.store(LastUsed + spare, clock, mask=used)
@@ -191,6 +198,11 @@ def publish_kernel(
     tl.store(Counts + tl.arange(0, 2), tl.full((2,), 0, tl.int32))
 
 
+@functools.cache
+def publishing(spares: int, by: int) -> dict:
+    return {"SPARES": triton.next_power_of_2(spares), "SAMPLE": 16, "BY": by}
+
+
 def publish(state, want: Tensor, counts: Tensor, by: int, clock: int, hand: int, in_use: int, stream=None) -> None:
     """See `hot_cache.publish`."""
     spares, priority = state.spare.shape[0], state.priority
@@ -198,7 +210,7 @@ def publish(state, want: Tensor, counts: Tensor, by: int, clock: int, hand: int,
         state.slot_of, state.id_of, state.last_used, state.uses, state.last_used if priority is None else priority, want,
         counts, state.spare, state.totals, spares, state.id_of.shape[0], clock, hand, in_use,
     )  # fmt: skip
-    constants = {"SPARES": triton.next_power_of_2(spares), "SAMPLE": 16, "BY": by}
+    constants = publishing(spares, by)
     launch(state.compiled, ("publish", by, priority is None), publish_kernel, 1, arguments, constants, stream, warps=16)
 
 
@@ -215,6 +227,7 @@ def gather_kernel(Ids, Table, Out, count, width, ROWS: tl.constexpr, WIDTH: tl.c
 def gather(table: Tensor, ids: Tensor, out: Tensor) -> Tensor:
     """Rows of `table` (N, D), in device memory or pinned host memory (then over the bus, row by row), to out (T, D)."""
     count, width = ids.shape[0], table.shape[1]
-    constants = rows_a_program(width)
-    gather_kernel[(triton.cdiv(count, constants["ROWS"]),)](ids, table, out, count, width, **constants, num_warps=4)
+    padded = triton.next_power_of_2(width)
+    rows = max(1, (256 if interpreted() else 4096) // padded)
+    gather_kernel[(triton.cdiv(count, rows),)](ids, table, out, count, width, ROWS=rows, WIDTH=padded, num_warps=4)
     return out
