@@ -28,10 +28,11 @@ FEATURES = (
     "place in the request, in tens", "seconds since the last use", "seconds of the gap before",
     "accesses since the request of the user before him who asked", "he has not returned since", "he has returned once since",
     "place in his request, in tens", "accesses between his requests", "seconds since his last request",
-    "expected after the users' last steps, 30 accesses", "the same, 200", "the same, 1,000",
-    "expected over 30 accesses, against its share of uses", "the same, 200",
-    "holders expected back within 0.5 x capacity", "the same, 2 x", "the same, 8 x", "the likeliest holder, 2 x", "holders",
-    "holders expected back by the clock, 0.5 x capacity", "the same, 2 x", "the same, 8 x",
+    "expected after users' last steps, 30 accesses", "expected, 200 accesses", "expected, 1,000 accesses",
+    "expected against its share of uses, 30 accesses", "expected against its share, 200 accesses",
+    "holders expected back within 0.5 x capacity", "holders back within 2 x", "holders back within 8 x",
+    "the likeliest holder, 2 x", "holders",
+    "holders expected back by the clock, 0.5 x capacity", "holders back by the clock, 2 x", "holders back by the clock, 8 x",
     "to come in the request under way", "accesses until then", "place of the request under way", "1 / accesses until then",
 )  # fmt: skip
 F = len(FEATURES)
