@@ -393,6 +393,7 @@ def traces(arguments: argparse.Namespace) -> None:
                                  "--grocery grocery.csv.gz", note="second half of each trace; learned from the first half and "
                                  "on line; one configuration for all, chosen on the first halves")  # fmt: skip
     cells, shifts = record.data.setdefault("traces", {}), record.data.setdefault("shift", {})
+    todo.sort(key=lambda trace: -len(trace.items))
     with concurrent.futures.ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
         running = {(trace.name, share): pool.submit(judged, trace, share) for trace in todo for share in SHARES}
         shifted = {t.name: pool.submit(after_a_shift, t, 0.05) for t in todo if len(t.items) < 2_000_000}
@@ -401,6 +402,7 @@ def traces(arguments: argparse.Namespace) -> None:
             cells[trace.name] = sizes | {"cells": [running[trace.name, share].result() for share in SHARES]}
             for cell in cells[trace.name]["cells"]:
                 print(described(trace.name, cell), flush=True)
+            measure.write_record(record, arguments.out)
         for name, result in shifted.items():
             shifts[name] = result.result()
             print("shift", name, shifts[name], flush=True)

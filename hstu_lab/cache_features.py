@@ -61,7 +61,8 @@ class Knowledge(NamedTuple):
     requests, at which place. gaps, chance (2, PACES, BINS + 1): returns by pace and gap (accesses, seconds) and requests in all;
     cumulated. stayed (2, 10, 100): by length and place, rows asked for again at the next request, of how many; stays (10, 100)
     the ratio. follows (N, C): how often one row followed another. forerun (N,). expected (3, C). met (U, M): what a user has had.
-    path (U, REMEMBERED, 2): his last new rows, and when; steps (U,). now (5,): fields named above.
+    path (U, REMEMBERED, 2): his last new rows, and when; steps (U,). back (U, 7): chances of his return, by accesses and by seconds,
+    as of the access in the last column. now (5,): fields named above.
     """
 
     row: np.ndarray
@@ -81,6 +82,7 @@ class Knowledge(NamedTuple):
     met: np.ndarray
     path: np.ndarray
     steps: np.ndarray
+    back: np.ndarray
     now: np.ndarray
 
 
@@ -98,7 +100,7 @@ def new_knowledge(num_items: int, users: int, capacity: int) -> Knowledge:
         np.full((num_items, HOLDERS), -1), np.zeros((num_items, HOLDERS, 2)), np.zeros((2, PACES, BINS + 1)), chance, stayed,
         np.full((10, 100), 0.5), np.zeros((num_items, columns), np.uint16), np.zeros(num_items, np.float32),
         np.zeros((3, columns), np.float32), np.zeros((users, had), np.uint8), np.zeros((users, REMEMBERED, 2)),
-        np.zeros(users, np.int64), np.array([0, -1, 1, 0, capacity], np.float64),
+        np.zeros(users, np.int64), np.full((users, 7), -1.0), np.array([0, -1, 1, 0, capacity], np.float64),
     )  # fmt: skip
 
 
@@ -251,6 +253,26 @@ def _past(chance, away):
 
 
 @jit
+def _return(k, u, t, now):
+    """back (7,) of user u, worked out once an access."""
+    user, back = k.user[u], k.back[u]
+    if back[6] == t:
+        return back
+    back[6] = t
+    for kind in range(2):
+        if kind == 0:
+            chance, away, a_step = k.chance[0, _pace(user[VISITS], user[PACE])], t - user[ASKED], 1.0
+        else:
+            chance, away = k.chance[1, _pace(user[VISITS], user[PACE_SECONDS])], max(now - user[WHEN], 0.0)
+            a_step = k.now[A_SECOND]
+        past = _past(chance, away)
+        left = max(chance[BINS] - past, 1e-9)
+        for h in range(3):
+            back[3 * kind + h] = min((_past(chance, away + a_step * HORIZONS[h] * k.now[CAPACITY]) - past) / left, 1.0)
+    return back
+
+
+@jit
 def _holders(x, k, i, t, now):
     """x (12,): features of row i's holders."""
     x[:] = 0
@@ -271,19 +293,11 @@ def _holders(x, k, i, t, now):
         length = user[LENGTH] if u == current else user[SO_FAR]
         stays = k.stays[min(int(length), 99) // 10, min(int(place), 99)]
         x[4] += 1
-        for kind in range(2):
-            if kind == 0:
-                chance, away, a_step = k.chance[0, _pace(user[VISITS], user[PACE])], t - user[ASKED], 1.0
-            else:
-                chance, away = k.chance[1, _pace(user[VISITS], user[PACE_SECONDS])], max(now - user[WHEN], 0.0)
-                a_step = k.now[A_SECOND]
-            past = _past(chance, away)
-            left = max(chance[BINS] - past, 1e-9)
-            for h in range(3):
-                p = stays * min((_past(chance, away + a_step * HORIZONS[h] * k.now[CAPACITY]) - past) / left, 1.0)
-                x[5 * kind + h] += p
-                if kind == 0 and h == 1 and p > x[3]:
-                    x[3] = p
+        back = _return(k, u, t, now)
+        for h in range(3):
+            x[h] += stays * back[h]
+            x[5 + h] += stays * back[3 + h]
+        x[3] = max(x[3], stays * back[1])
     for h in range(8):
         x[h] = _log(x[h]) / 2 if h == 4 else _log(100 * x[h]) / 4
     x[10] = k.user[current, SO_FAR] / 50

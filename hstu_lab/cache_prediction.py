@@ -237,7 +237,9 @@ def _play(
             refused = _index(x, smooth, h)
             for p in range(POOL):
                 value[p] = np.inf
-                if pool[p] >= 0 and at[pool[p]] >= 0:
+                if capacity <= sample:  # all rows are looked at anyway
+                    pool[p] = -1
+                elif pool[p] >= 0 and at[pool[p]] >= 0:
                     features(x, k, pool[p], t, now)
                     _standard(x, scale)
                     value[p] = _index(x, smooth, h)
