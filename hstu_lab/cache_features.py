@@ -61,8 +61,8 @@ class Knowledge(NamedTuple):
     requests, at which place. gaps, chance (2, PACES, BINS + 1): returns by pace and gap (accesses, seconds) and requests in all;
     cumulated. stayed (2, 10, 100): by length and place, rows asked for again at the next request, of how many; stays (10, 100)
     the ratio. follows (N, C): how often one row followed another. forerun (N,). expected (3, C). met (U, M): what a user has had.
-    path (U, REMEMBERED, 2): his last new rows, and when; steps (U,). back (U, 7): chances of his return, by accesses and by seconds,
-    as of the access in the last column. now (5,): fields named above.
+    path (U, REMEMBERED, 2): his last new rows, and when; steps (U,). back (U, 7): chances of his return, by accesses and by
+    seconds, as of the access in the last column. now (5,): fields named above.
     """
 
     row: np.ndarray

@@ -104,24 +104,27 @@ def _index(x, w, h):
 
 
 @jit
-def _learn(x, wait, w, h, g):
-    """Add the gradient of the log-likelihood of a wait, in capacities, to g."""
+def _learn(x, wait, w, h, down, g):
+    """Add the gradient of the log-likelihood of a wait, in capacities, to g; leaves the hidden layer's in down."""
     _hidden(x, w, h)
+    down[:] = 0
     end = SHORTEST
     for b in range(BINS):
         came = wait <= end
         e = np.float32(1 / (1 + math.exp(-_output(w, h, b))) - (1.0 if came else 0.0))
         out = HIDDEN * (F + 1) + b * HIDDEN
         for j in range(HIDDEN):
-            down = e * w[out + j] * (np.float32(1.0) if h[j] > 0 else np.float32(0.05))
-            for f in range(F):
-                g[j * F + f] += down * x[f]
-            g[HIDDEN * F + j] += down
+            down[j] += e * w[out + j]
             g[out + j] += e * h[j]
         g[WEIGHTS - BINS + b] += e
         if came:
-            return
+            break
         end *= 2
+    for j in range(HIDDEN):
+        d = down[j] * (np.float32(1.0) if h[j] > 0 else np.float32(0.05))
+        for f in range(F):
+            g[j * F + f] += d * x[f]
+        g[HIDDEN * F + j] += d
 
 
 @jit
@@ -200,7 +203,8 @@ def _play(
     seen_x, seen_item = np.zeros((horizon, F), np.float32), np.full(horizon, -1)
     seen_time, before, done = np.zeros(horizon, np.int64), np.full(horizon, -1), np.zeros(horizon, np.bool_)
     newest, write = np.full(num_items, -1), 0
-    x, h, g, batch = np.zeros(F, np.float32), np.zeros(HIDDEN, np.float32), np.zeros(WEIGHTS, np.float32), 0
+    x, h, down = np.zeros(F, np.float32), np.zeros(HIDDEN, np.float32), np.zeros(HIDDEN, np.float32)
+    g, batch = np.zeros(WEIGHTS, np.float32), 0
     pool, value = np.full(POOL, -1), np.full(POOL, np.inf)
     predicted = NUMBER_OF_POLICIES
     score, lead, lives = np.zeros((2, predicted + 1)), predicted, (half_life, LONG * half_life)
@@ -211,7 +215,7 @@ def _play(
         q = newest[i]
         while q >= 0 and seen_item[q] == i and not done[q]:
             done[q] = True
-            _learn(seen_x[q], (t - seen_time[q]) / capacity, w, h, g)
+            _learn(seen_x[q], (t - seen_time[q]) / capacity, w, h, down, g)
             batch += 1
             older = before[q]
             if older >= 0 and seen_time[older] > seen_time[q]:
@@ -260,7 +264,7 @@ def _play(
             q = write
             write = (write + 1) % horizon
             if seen_item[q] >= 0 and not done[q]:
-                _learn(seen_x[q], np.inf, w, h, g)
+                _learn(seen_x[q], np.inf, w, h, down, g)
                 batch += 1
             features(seen_x[q], k, c, t, now)
             _measure(seen_x[q], scale, moments)
