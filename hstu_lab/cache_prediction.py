@@ -38,6 +38,7 @@ REHEARSED = 300_000
 BATCH = 64
 SMOOTHING = 0.005
 """Decisions use a running mean of the weights, to which each step adds this share."""
+NEVER = 1e9
 LONG = 32
 """Policies are compared over two half-lives, the longer so many times the shorter: one is quick, the other exact."""
 
@@ -205,7 +206,7 @@ def _play(
     newest, write = np.full(num_items, -1), 0
     x, h, down = np.zeros(F, np.float32), np.zeros(HIDDEN, np.float32), np.zeros(HIDDEN, np.float32)
     g, batch = np.zeros(WEIGHTS, np.float32), 0
-    pool, value = np.full(POOL, -1), np.full(POOL, np.inf)
+    pool, value = np.full(POOL, -1), np.full(POOL, NEVER)
     predicted = NUMBER_OF_POLICIES
     score, lead, lives = np.zeros((2, predicted + 1)), predicted, (half_life, LONG * half_life)
     fade = (math.exp2(-1.0 / lives[0]), math.exp2(-1.0 / lives[1]))
@@ -240,7 +241,7 @@ def _play(
             _standard(x, scale)
             refused = _index(x, smooth, h)
             for p in range(POOL):
-                value[p] = np.inf
+                value[p] = NEVER
                 if capacity <= sample:  # all rows are looked at anyway
                     pool[p] = -1
                 elif pool[p] >= 0 and at[pool[p]] >= 0:
@@ -264,7 +265,7 @@ def _play(
             q = write
             write = (write + 1) % horizon
             if seen_item[q] >= 0 and not done[q]:
-                _learn(seen_x[q], np.inf, w, h, down, g)
+                _learn(seen_x[q], NEVER, w, h, down, g)
                 batch += 1
             features(seen_x[q], k, c, t, now)
             _measure(seen_x[q], scale, moments)
