@@ -10,8 +10,10 @@ of the project's stack; `traces` runs on one CPU core. Without files, `traces` t
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
+import multiprocessing
 import pathlib
 import statistics
 import time
@@ -177,6 +179,11 @@ def through_the_cache(record: measure.Record, table: Tensor) -> None:
     sets = [(traffic.batch(0.5), out) for _ in range(16)]
     results.append(timed(functools.partial(triton_cache.gather, table), "pinned-host gather, issued one by one", inputs=sets,
                          moved=BATCH * WIDTH * 2, graph=False))  # fmt: skip
+    plain = results[-1].median
+    for result in results:
+        if result.name.startswith("cache.rows"):
+            record.data[result.name]["speed over the pinned-host gather"] = plain / result.median
+            print(f"{result.name:58s} {plain / result.median:.1f}x the plain gather, end to end", flush=True)
     whole = table.cuda()
     results.append(timed(functools.partial(triton_cache.gather, whole), "everything in HBM, gather", inputs=sets,
                          moved=2 * BATCH * WIDTH * 2, graph=False))  # fmt: skip
@@ -384,22 +391,24 @@ def traces(arguments: argparse.Namespace) -> None:
     todo = todo or [synthetic_trace(100_000, skew=0.9, drift=0.5), synthetic_trace(100_000, skew=0.6, returning=0.5)]
     record = measure.Record.here("cache_traces", command="python -m hstu_lab.cache_bench traces --movielens ml-1m.zip "
                                  "--grocery grocery.csv.gz", note="second half of each trace; learned from the first half and "
-                                 "on line; one configuration for all")  # fmt: skip
-    cells = record.data["traces"] = {}
-    for trace in todo:
-        rows = cells.setdefault(trace.name, {"accesses": len(trace.items), "rows": trace.num_items, "requests": len(trace.starts),
-                                             "cells": []})["cells"]  # fmt: skip
-        for share in SHARES:
-            rows.append(cell := judged(trace, share))
-            print(described(trace.name, cell), flush=True)
+                                 "on line; one configuration for all, chosen on the first halves")  # fmt: skip
+    cells, shifts = record.data.setdefault("traces", {}), record.data.setdefault("shift", {})
+    todo.sort(key=lambda trace: -len(trace.items))
+    with concurrent.futures.ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
+        running = {(trace.name, share): pool.submit(judged, trace, share) for trace in todo for share in SHARES}
+        shifted = {t.name: pool.submit(after_a_shift, t, 0.05) for t in todo if len(t.items) < 2_000_000}
+        for trace in todo:
+            sizes = {"accesses": len(trace.items), "rows": trace.num_items, "requests": len(trace.starts)}
+            cells[trace.name] = sizes | {"cells": [running[trace.name, share].result() for share in SHARES]}
+            for cell in cells[trace.name]["cells"]:
+                print(described(trace.name, cell), flush=True)
+            measure.write_record(record, arguments.out)
+        for name, result in shifted.items():
+            shifts[name] = result.result()
+            print("shift", name, shifts[name], flush=True)
     closed = [cell["closed"] for rows in cells.values() for cell in rows["cells"]]
     record.data["closed on average"] = sum(closed) / len(closed)
     print(f"closed on average {record.data['closed on average']:.3f}, least {min(closed):+.3f}")
-    record.data["shift"] = {}
-    for trace in todo:
-        if len(trace.items) < 2_000_000:
-            record.data["shift"][trace.name] = after_a_shift(trace, 0.05)
-            print("shift", trace.name, record.data["shift"][trace.name], flush=True)
     print(measure.write_record(record, arguments.out))
 
 
@@ -413,6 +422,7 @@ def main() -> None:
     command = commands.add_parser("traces", help="policies on recorded traces: hit ratios of the second half")
     command.add_argument("--movielens", type=pathlib.Path, help="MovieLens-1M's official zip")
     command.add_argument("--grocery", type=pathlib.Path, help="a table of user_id, item_id and time")
+    command.add_argument("--processes", type=int, default=1, help="traces and sizes run side by side (default: 1)")
     command.add_argument("--out", type=pathlib.Path, default=None, help="folder for the record (default: data/measured)")
     command.set_defaults(run=traces)
     arguments = parser.parse_args()

@@ -3,11 +3,12 @@
 `play(trace, capacity)` runs the predictor beside every classic policy of `cache_policies`, all demand-only, and one real cache
 that follows the predictor while it helps and the best classic policy while it does not (its `Played` says when).
 
-The predictor is a network of one hidden layer on `FEATURES`: how recently and how often a row was asked for, who asked last,
-where in that user's request it stood, how soon that user tends to return and whether he has meanwhile. It regresses the logarithm
-of the accesses until the row's next use, cut at `HORIZON` times the capacity (a relaxed Belady boundary: Song et al., Learning
-Relaxed Belady, NSDI 2020), on rows sampled as they are asked for and as they lie in the cache; the label comes with the next
-use, or with the end of the horizon. On a miss the row of the longest prediction goes, of `SAMPLE` and the one asked for.
+The predictor is a network of one hidden layer on `cache_features.FEATURES`. It tells the chance that a row is asked for within
+each of `BINS` spans, given that it was not before (a discrete-time hazard: Singer and Willett, 1993), learned on rows sampled as
+they are asked for and as they lie in the cache; the label comes with the next use, or with the end of the last span. On a miss
+the row of the least *index* goes, of `SAMPLE` and the one asked for: the best ratio, over how long one might keep it, of the
+chance of a hit to the slot's time that it costs (the index of Gittins, 1979). The longest expected wait would be the wrong rule:
+a row that comes soon or never is worth its slot for a while.
 """
 
 from __future__ import annotations
@@ -19,32 +20,27 @@ import numpy as np
 from numba import njit
 
 from hstu_lab import cache_policies
+from hstu_lab.cache_features import F, features, new_knowledge, observe
 from hstu_lab.cache_policies import INSIDE, NUMBER_OF_POLICIES, POLICIES, VICTIM, new_state, step
 from hstu_lab.cache_traces import Trace
 
-FEATURES = (
-    "accesses since the last use", "the gap before", "the gap before that", "uses, decayed over 128 accesses",
-    "uses, decayed over 1,024", "uses, decayed over 8,192", "uses, decayed over 65,536", "uses an access, in all",
-    "place in the last user's request", "length of that user's request before", "accesses between that user's requests",
-    "accesses since that user's last request", "that user has not returned since", "that user has returned once since",
-    "seconds since that user's last request", "requests of that user so far", "accesses since first seen",
-    "place in the request, in tens", "seconds since the last use", "seconds of the gap before",
-    "accesses since the request of the user before him who asked", "he has not returned since", "he has returned once since",
-    "place in his request, in tens", "accesses between his requests", "seconds since his last request",
-)  # fmt: skip
-F, HIDDEN = len(FEATURES), 32
-WEIGHTS = HIDDEN * (F + 2) + 1
-HORIZON = 10
-"""Labels are cut at this many accesses times the capacity."""
-SAMPLE = 32
+HIDDEN = 32
+BINS, SHORTEST = 5, 0.5
+"""Spans end at SHORTEST x capacity and double from there."""
+WEIGHTS = HIDDEN * (F + 1) + BINS * (HIDDEN + 1)
+HORIZON = 12
+"""Samples remembered, times the capacity: one and a half an access, so the last span has passed when one is forgotten."""
+SAMPLE, POOL = 40, 16
+"""Rows looked at on a miss; of them, the least of the miss before, looked at again (as Redis does)."""
 LEARNING_RATE = 2e-3
 REHEARSED = 300_000
 """A short first part is gone through again until this many accesses have been learned from."""
 BATCH = 64
 SMOOTHING = 0.005
 """Decisions use a running mean of the weights, to which each step adds this share."""
-DECAYS = 4
-FAR = 1e6
+NEVER = 1e9
+LONG = 32
+"""Policies are compared over two half-lives, the longer so many times the shorter: one is quick, the other exact."""
 
 jit = njit(cache=True, nogil=True, fastmath=True)
 
@@ -53,8 +49,7 @@ jit = njit(cache=True, nogil=True, fastmath=True)
 class Played:
     """One run over a trace. hits (T,) bool of the real cache; shadow {policy: (T,) bool} of every policy on its own, "predicted"
     included; leader (T,) int8: which was followed, an index into `policies`. outlook (N,) float32: for each row, after the last
-    access, minus the logarithm of the accesses predicted until its next use (-inf for a row never seen): what
-    `hot_cache.HotCache.prioritise` takes."""
+    access, the logarithm of its index (-inf for a row never seen): what `hot_cache.HotCache.prioritise` takes."""
 
     trace: Trace
     capacity: int
@@ -80,72 +75,57 @@ class Played:
 
 
 @jit
-def _log(x):
-    return math.log2(x + 1.0)
-
-
-@jit
-def _features(x, i, t, now, row, counts, counted, last_user, user):
-    """x (F,) of row i at access t. row, user: per-row and per-user numbers, as `_play` keeps them."""
-    last, gap1, gap2, uses, first, place, visit, at, wall, place2, visit2 = row[i]
-    u = last_user[i, 0]
-    visits, user_last, user_gap, user_length, user_time = user[u, 0], user[u, 1], user[u, 2], user[u, 3], user[u, 4]
-    x[0] = _log(t - last) / 8
-    x[1] = _log(gap1) / 8
-    x[2] = _log(gap2) / 8
-    for k in range(DECAYS):
-        x[3 + k] = _log(8 * counts[i, k] * math.exp2(-(t - counted[i]) / (1 << (7 + 3 * k)))) / 4
-    x[7] = _log(1e5 * uses / (t + 1.0)) / 8
-    x[8] = _log(place) / 4
-    x[9] = _log(user_length) / 4
-    x[10] = _log(user_gap) / 8
-    x[11] = _log(t - user_last) / 8
-    x[12] = 1.0 if visits == visit else 0.0
-    x[13] = 1.0 if visits == visit + 1 else 0.0
-    x[14] = _log(max(now - user_time, 0.0)) / 8
-    x[15] = _log(visits) / 4
-    x[16] = _log(t - first) / 8
-    x[17] = min(place / 50 - 0.2, 2.0)
-    x[18] = _log(max(now - at, 0.0)) / 8
-    x[19] = _log(wall) / 8
-    u = last_user[i, 1]
-    if u < 0:
-        x[20:] = 2.0
-        x[21] = x[22] = 0.0
-        return
-    x[20] = _log(t - user[u, 1]) / 8
-    x[21] = 1.0 if user[u, 0] == visit2 else 0.0
-    x[22] = 1.0 if user[u, 0] == visit2 + 1 else 0.0
-    x[23] = min(place2 / 50 - 0.2, 2.0)
-    x[24] = _log(user[u, 2]) / 8
-    x[25] = _log(max(now - user[u, 4], 0.0)) / 8
-
-
-@jit
-def _predict(x, w, h):
-    """log2(accesses until the next use + 1) / 8; leaves the hidden layer in h."""
-    y = w[WEIGHTS - 1]
+def _hidden(x, w, h):
     for j in range(HIDDEN):
         a = w[HIDDEN * F + j]
-        for k in range(F):
-            a += w[j * F + k] * x[k]
-        a = a if a > 0 else np.float32(0.05) * a
-        h[j] = a
-        y += w[HIDDEN * (F + 1) + j] * a
-    return y
+        for f in range(F):
+            a += w[j * F + f] * x[f]
+        h[j] = a if a > 0 else np.float32(0.05) * a
 
 
 @jit
-def _learn(x, target, w, h, g):
-    """Add the gradient of half the squared error to g."""
-    e = _predict(x, w, h) - np.float32(target)
+def _output(w, h, b):
+    z = w[WEIGHTS - BINS + b]
     for j in range(HIDDEN):
-        down = e * w[HIDDEN * (F + 1) + j] * (np.float32(1.0) if h[j] > 0 else np.float32(0.05))
-        for k in range(F):
-            g[j * F + k] += down * x[k]
-        g[HIDDEN * F + j] += down
-        g[HIDDEN * (F + 1) + j] += e * h[j]
-    g[WEIGHTS - 1] += e
+        z += w[HIDDEN * (F + 1) + b * HIDDEN + j] * h[j]
+    return z
+
+
+@jit
+def _index(x, w, h):
+    """log2 of the best chance of a hit for the time in a slot, in capacities."""
+    _hidden(x, w, h)
+    waiting, cost, best, start, end = 1.0, 0.0, 1e-9, 0.0, SHORTEST
+    for b in range(BINS):
+        still = waiting / (1 + math.exp(_output(w, h, b)))
+        cost += (end - start) * (waiting + still) / 2
+        best = max(best, (1 - still) / cost)
+        waiting, start, end = still, end, 2 * end
+    return math.log2(best)
+
+
+@jit
+def _learn(x, wait, w, h, down, g):
+    """Add the gradient of the log-likelihood of a wait, in capacities, to g; leaves the hidden layer's in down."""
+    _hidden(x, w, h)
+    down[:] = 0
+    end = SHORTEST
+    for b in range(BINS):
+        came = wait <= end
+        e = np.float32(1 / (1 + math.exp(-_output(w, h, b))) - (1.0 if came else 0.0))
+        out = HIDDEN * (F + 1) + b * HIDDEN
+        for j in range(HIDDEN):
+            down[j] += e * w[out + j]
+            g[out + j] += e * h[j]
+        g[WEIGHTS - BINS + b] += e
+        if came:
+            break
+        end *= 2
+    for j in range(HIDDEN):
+        d = down[j] * (np.float32(1.0) if h[j] > 0 else np.float32(0.05))
+        for f in range(F):
+            g[j * F + f] += d * x[f]
+        g[HIDDEN * F + j] += d
 
 
 @jit
@@ -162,43 +142,81 @@ def _adam(w, g, m, v, rate, steps, count):
 
 
 @jit
+def _keep(pool, value, c, y):
+    """Row c, of index y, in the place of the greatest of the pool, unless that is less."""
+    most = 0
+    for p in range(POOL):
+        if pool[p] == c:
+            return
+        if value[p] > value[most]:
+            most = p
+    if y < value[most]:
+        pool[most], value[most] = c, y
+
+
+@jit
+def _standard(x, scale):
+    """x (F,) less its mean, by its deviation."""
+    for f in range(F):
+        x[f] = min(max((x[f] - scale[0, f]) * scale[1, f], np.float32(-4.0)), np.float32(4.0))
+
+
+@jit
+def _measure(x, scale, moments):
+    """Take x (F,) into the running moments (3, F), and now and then those into the scale (2, F)."""
+    moments[2, 0] += 1
+    seen = moments[2, 0]
+    share = max(1.0 / seen, 1e-4)
+    for f in range(F):
+        d = x[f] - moments[0, f]
+        moments[0, f] += share * d
+        moments[1, f] += share * (d * d * (1 - share) - moments[1, f])
+    if seen % 200 == 0 and (seen <= 2000 or seen % 2000 == 0):
+        for f in range(F):
+            scale[0, f] = moments[0, f]
+            scale[1, f] = 1 / math.sqrt(moments[1, f] + 1e-6) if moments[1, f] > 1e-8 else 0.0
+
+
+@jit
+def _lead(score, lead, margin):
+    """Whom to follow: another one that is clearly better of late, or better in the long run and not clearly worse of late."""
+    late, long = np.argmax(score[0]), np.argmax(score[1])
+    if score[0, late] > score[0, lead] + margin[0]:
+        return late
+    last = score.shape[1] - 1
+    if lead != last and score[1, last] >= score[1, long] and score[0, last] >= score[0, lead] - margin[0]:
+        return last
+    if score[1, long] > score[1, lead] + margin[1] and score[0, long] >= score[0, lead] - margin[0]:
+        return long
+    return lead
+
+
+@jit
 def _play(
-    items, users, times, num_items, capacity, horizon, sample, rate, w, m, v, steps, smooth, seed, states, half_life, hits,
-    shadow, leader, outlook,
+    items, users, times, capacity, horizon, sample, rate, k, w, m, v, steps, smooth, scale, moments, seed, states, half_life,
+    hits, shadow, leader, outlook,
 ):  # fmt: skip
-    """One pass over a trace. states: the classic policies beside it, used only where `hits` is not empty."""
+    """One pass over a trace. k: Knowledge. states: the classic policies beside it, used only where `hits` is not empty."""
     np.random.seed(seed)
-    follow = len(hits) > 0
-    # last use, two gaps, uses, first use, place, visit, second of it, seconds of the gap; place and visit of the user before
-    row = np.zeros((num_items, 11))
-    row[:, 0], row[:, 1], row[:, 2], row[:, 4], row[:, 8] = -1e5, FAR, FAR, -1, 1e9
-    counts, counted, last_user = np.zeros((num_items, DECAYS)), np.zeros(num_items), np.full((num_items, 2), -1)
-    user = np.zeros((users.max() + 1, 6))  # visits, last access, gap, length, second, place
-    own = np.empty(capacity, np.int64)
-    at = np.full(num_items, -1)
-    size = 0
+    follow, num_items = len(hits) > 0, len(k.row)
+    own, at, size = np.empty(capacity, np.int64), np.full(num_items, -1), 0
     real, real_at, real_size, hand = np.empty(capacity, np.int64), np.full(num_items, -1), 0, 0
     seen_x, seen_item = np.zeros((horizon, F), np.float32), np.full(horizon, -1)
     seen_time, before, done = np.zeros(horizon, np.int64), np.full(horizon, -1), np.zeros(horizon, np.bool_)
     newest, write = np.full(num_items, -1), 0
-    x, h, g, batch = np.zeros(F, np.float32), np.zeros(HIDDEN, np.float32), np.zeros(WEIGHTS, np.float32), 0
-    furthest = math.log2(2.0 * horizon) / 8
+    x, h, down = np.zeros(F, np.float32), np.zeros(HIDDEN, np.float32), np.zeros(HIDDEN, np.float32)
+    g, batch = np.zeros(WEIGHTS, np.float32), 0
+    pool, value = np.full(POOL, -1), np.full(POOL, NEVER)
     predicted = NUMBER_OF_POLICIES
-    score, lead = np.zeros(predicted + 1), predicted
-    fade, margin = math.exp2(-1.0 / half_life), 0.5 / math.sqrt(half_life)
+    score, lead, lives = np.zeros((2, predicted + 1)), predicted, (half_life, LONG * half_life)
+    fade = (math.exp2(-1.0 / lives[0]), math.exp2(-1.0 / lives[1]))
+    margin = (0.5 / math.sqrt(lives[0]), 0.25 / math.sqrt(lives[1]))
     for t in range(len(items)):
         i, u, now = items[t], users[t], times[t]
-        if t == 0 or u != users[t - 1] or now != times[t - 1]:
-            if user[u, 0] > 0:
-                gap = t - user[u, 1] + user[u, 5]
-                user[u, 2] = gap if user[u, 0] == 1 else 0.5 * user[u, 2] + 0.5 * gap
-                user[u, 3] = user[u, 5]
-            user[u, 0] += 1
-            user[u, 5] = 0
         q = newest[i]
         while q >= 0 and seen_item[q] == i and not done[q]:
             done[q] = True
-            _learn(seen_x[q], math.log2(t - seen_time[q] + 1.0) / 8, w, h, g)
+            _learn(seen_x[q], (t - seen_time[q]) / capacity, w, h, down, g)
             batch += 1
             older = before[q]
             if older >= 0 and seen_time[older] > seen_time[q]:
@@ -211,37 +229,32 @@ def _play(
             share = np.float32(max(1.0 / steps[0], SMOOTHING))
             for p in range(WEIGHTS):
                 smooth[p] += share * (w[p] - smooth[p])
-        if row[i, 4] < 0:
-            row[i, 4] = t
-        row[i, 8] = max(now - row[i, 7], 0.0)
-        row[i, 7] = now
-        row[i, 2] = row[i, 1]
-        row[i, 1] = min(t - row[i, 0], FAR)
-        row[i, 0] = t
-        row[i, 3] += 1
-        for k in range(DECAYS):
-            counts[i, k] = counts[i, k] * math.exp2(-(t - counted[i]) / (1 << (7 + 3 * k))) + 1
-        counted[i] = t
-        if last_user[i, 0] != u:
-            last_user[i, 1], row[i, 9], row[i, 10] = last_user[i, 0], row[i, 5], row[i, 6]
-            last_user[i, 0] = u
-        row[i, 5], row[i, 6] = user[u, 5], user[u, 0]
-        user[u, 5] += 1
-        user[u, 1], user[u, 4] = t, now
+        starts = t == 0 or u != users[t - 1] or now != times[t - 1]
+        observe(k, t, i, u, now, starts, now - times[t - 1] if t > 0 else 0)
 
         hit, victim = at[i] >= 0, np.int64(-1)
         if not hit and size < capacity:
             own[size], at[i] = i, size
             size += 1
         elif not hit:
-            _features(x, i, t, now, row, counts, counted, last_user, user)
-            longest, victim = _predict(x, smooth, h), i
-            for s in range(min(sample, capacity)):
+            features(x, k, i, t, now)
+            _standard(x, scale)
+            refused = _index(x, smooth, h)
+            for p in range(POOL):
+                value[p] = NEVER
+                if capacity <= sample:  # all rows are looked at anyway
+                    pool[p] = -1
+                elif pool[p] >= 0 and at[pool[p]] >= 0:
+                    features(x, k, pool[p], t, now)
+                    _standard(x, scale)
+                    value[p] = _index(x, smooth, h)
+            for s in range(capacity if capacity <= sample else sample - POOL):
                 c = own[s] if capacity <= sample else own[np.random.randint(capacity)]
-                _features(x, c, t, now, row, counts, counted, last_user, user)
-                y = _predict(x, smooth, h)
-                if y > longest:
-                    longest, victim = y, c
+                features(x, k, c, t, now)
+                _standard(x, scale)
+                _keep(pool, value, c, _index(x, smooth, h))
+            p = np.argmin(value)
+            victim = pool[p] if value[p] < refused else i
             if victim != i:
                 own[at[victim]], at[i] = i, at[victim]
                 at[victim] = -1
@@ -252,9 +265,11 @@ def _play(
             q = write
             write = (write + 1) % horizon
             if seen_item[q] >= 0 and not done[q]:
-                _learn(seen_x[q], furthest, w, h, g)
+                _learn(seen_x[q], NEVER, w, h, down, g)
                 batch += 1
-            _features(seen_x[q], c, t, now, row, counts, counted, last_user, user)
+            features(seen_x[q], k, c, t, now)
+            _measure(seen_x[q], scale, moments)
+            _standard(seen_x[q], scale)
             seen_item[q], seen_time[q], done[q], before[q] = c, t, False, newest[c]
             newest[c] = q
 
@@ -264,14 +279,9 @@ def _play(
         for p in range(predicted):
             shadow[p, t] = step(states[p], i)
         for p in range(predicted + 1):
-            score[p] = score[p] * fade + (1 - fade if shadow[p, t] else 0.0)
-        best = np.argmax(score[:predicted])
-        if lead == predicted:
-            lead = best if score[best] > score[predicted] + margin else lead
-        elif score[predicted] >= score[best]:
-            lead = predicted
-        elif score[best] > score[lead] + margin:
-            lead = best
+            for life in range(2):
+                score[life, p] = score[life, p] * fade[life] + (1 - fade[life] if shadow[p, t] else 0.0)
+        lead = _lead(score, lead, margin)
         leader[t] = lead
         hits[t] = real_at[i] >= 0
         if not hits[t]:
@@ -289,31 +299,37 @@ def _play(
                 real[real_at[old]], real_at[i] = i, real_at[old]
                 real_at[old] = -1
     for i in range(len(outlook)):
-        if row[i, 3] > 0:
-            _features(x, i, len(items), times[-1], row, counts, counted, last_user, user)
-            outlook[i] = -_predict(x, smooth, h)
+        if k.row[i, 3] > 0:
+            features(x, k, i, len(items), times[-1])
+            _standard(x, scale)
+            outlook[i] = _index(x, smooth, h)
 
 
 @dataclasses.dataclass
 class Network:
-    """The predictor's weights (WEIGHTS,) float32, the state of its optimiser (Adam), and the running mean that decides."""
+    """The predictor's weights (WEIGHTS,) float32, the state of its optimiser (Adam), the running mean that decides, and the
+    scale (2, F) and moments (3, F) of its features."""
 
     weights: np.ndarray
     mean: np.ndarray
     square: np.ndarray
     steps: np.ndarray
     smooth: np.ndarray
+    scale: np.ndarray
+    moments: np.ndarray
 
     @classmethod
     def new(cls, seed: int = 0) -> Network:
-        """Random hidden weights; the prediction starts at 1,024 accesses for every row."""
+        """Random hidden weights; the prediction starts at one in five for every span and row."""
         random = np.random.default_rng(seed)
         weights = np.zeros(WEIGHTS, np.float32)
         weights[: HIDDEN * F] = random.standard_normal(HIDDEN * F) * math.sqrt(2 / F)
-        weights[HIDDEN * (F + 1) : -1] = random.standard_normal(HIDDEN) * 0.05
-        weights[-1] = 10 / 8
+        weights[HIDDEN * (F + 1) : -BINS] = random.standard_normal(HIDDEN * BINS) * 0.05
+        weights[-BINS:] = -1.5
+        scale = np.zeros((2, F), np.float32)
+        scale[1] = 1
         return cls(weights, np.zeros(WEIGHTS, np.float32), np.zeros(WEIGHTS, np.float32), np.zeros(1, np.int64),
-                   weights.copy())  # fmt: skip
+                   weights.copy(), scale, np.zeros((3, F)))  # fmt: skip
 
 
 def play(
@@ -333,10 +349,12 @@ def play(
     names = (*POLICIES, "predicted")
     nothing = np.empty(0, np.bool_)
     states = tuple(new_state(name, num_items, capacity) for name in POLICIES)
+    everyone = int(trace.users.max(initial=0)) + 1
 
     def run(part, hits, shadow, leader, outlook):
-        learner = network.weights, network.mean, network.square, network.steps, network.smooth
-        _play(part.items, part.users, part.times, num_items, capacity, horizon, SAMPLE, LEARNING_RATE, *learner, seed, states,
+        learner = [getattr(network, field.name) for field in dataclasses.fields(network)]
+        known = new_knowledge(num_items, everyone, capacity)
+        _play(part.items, part.users, part.times, capacity, horizon, SAMPLE, LEARNING_RATE, known, *learner, seed, states,
               half_life, hits, shadow, leader, outlook)  # fmt: skip
 
     if network is None:

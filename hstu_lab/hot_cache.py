@@ -41,7 +41,8 @@ class CacheState:
     slot_of (N,) int32: a row's slot, or -1. id_of (S,) int64: a slot's row, -1 empty, -2 spare. last_used (S,) int64: the
     number of the last lookup that hit it. uses (S,) int32: hits since inserted. claimed (N,) int64: the last lookup that missed
     the row. priority (N,) float32 or None: what a predictor expects of a row. spare (K,) int32: slots that the next misses go
-    to, -1 where none could be freed. totals (3,) int64: rows missed, rows inserted, slots ever used.
+    to, -1 where none could be freed. totals (3,) int64: rows missed, rows inserted, slots ever used. compiled: the kernels that
+    have run on it, by what they were compiled for.
     """
 
     table: Tensor
@@ -56,6 +57,7 @@ class CacheState:
     priority: Tensor | None
     spare: Tensor
     totals: Tensor
+    compiled: dict = dataclasses.field(default_factory=dict)
 
 
 def lookup(ids, state: CacheState, out, miss_at, miss_rank, want, counts, clock: int) -> None:
@@ -312,6 +314,7 @@ class HotCache:
     def _step(self, ids: Tensor, out: Tensor | None) -> torch.cuda.Event | None:
         if ids.dim() != 1 or ids.dtype != torch.int64 or ids.device.type != self.device.type:
             raise CacheError(f"ids of shape {tuple(ids.shape)}, {ids.dtype}, on {ids.device}: give (T,) int64 on {self.device}")
+        ids = ids.contiguous()
         self._clock += 1
         clock, work = self._clock, self._workspace(len(ids))
         lists, want, counts = work.lists, work.want, work.counts
@@ -329,7 +332,7 @@ class HotCache:
         reader.wait_event(self._work[(clock - 2) % len(self._work)].published)
         if self._must_see is not None:
             reader.wait_event(self._must_see)
-        self._kernels.lookup(ids, self.state, out, *lists, want, counts, clock)
+        self._kernels.lookup(ids, self.state, out, *lists, want, counts, clock, stream=reader)
         work.looked.record(reader)
         self._readers[reader] = work.looked
         for event in self._readers.values():
@@ -338,11 +341,10 @@ class HotCache:
         ids.record_stream(side)
         if out is not None:
             out.record_stream(side)
-        with torch.cuda.stream(side):
-            self._kernels.fetch(ids, self.state, out, *lists, counts)
-            work.arrived.record(side)
-            self._kernels.publish(self.state, want, counts, *choice)
-            work.published.record(side)
+        self._kernels.fetch(ids, self.state, out, *lists, counts, stream=side)
+        work.arrived.record(side)
+        self._kernels.publish(self.state, want, counts, *choice, stream=side)
+        work.published.record(side)
         return work.arrived
 
     def _workspace(self, count: int) -> _Work:
@@ -397,7 +399,7 @@ class HotCache:
         """Device memory (on a CPU: memory besides the table) that the cache holds."""
         state = self.state
         held = [getattr(state, f.name) for f in dataclasses.fields(state) if not f.name.startswith("table")]
-        return sum(t.nbytes for t in held if t is not None)
+        return sum(t.nbytes for t in held if isinstance(t, Tensor))
 
     def stats(self) -> CacheStats:
         """Counters; waits for what is under way."""

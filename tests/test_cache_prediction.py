@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from hstu_lab import cache_prediction
+from hstu_lab.cache_features import F
 from hstu_lab.cache_policies import POLICIES, simulate
-from hstu_lab.cache_prediction import FEATURES, Network, play
+from hstu_lab.cache_prediction import BINS, HIDDEN, Network, play
 from hstu_lab.cache_traces import Trace, movielens_trace, request_trace, review_trace, stalls, synthetic_trace
 
 
@@ -72,8 +73,9 @@ def test_where_prediction_does_not_help_the_cache_follows_a_classic_policy_and_s
     monkeypatch.setattr(cache_prediction, "LEARNING_RATE", 0.0)
     network = Network.new()
     # A long time since the last use foretells a short wait: the opposite of the truth, and it never learns.
-    network.weights[:-1] = 0
-    network.weights[0], network.weights[cache_prediction.HIDDEN * (len(FEATURES) + 1)] = 1.0, -1.0
+    network.weights[:-BINS] = 0
+    network.weights[0] = 1.0
+    network.weights[HIDDEN * (F + 1) : -BINS : HIDDEN] = 1.0
     network.smooth[:] = network.weights
     played = play(trace, 50, network=network)
     half = played.second_half

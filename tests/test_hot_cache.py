@@ -162,6 +162,18 @@ def test_a_cache_as_large_as_the_table_misses_each_row_once(capacity, device):
 
 
 @DEVICES
+def test_ids_of_any_layout_and_odd_counts(device):
+    """A kernel compiled for the first call serves counts and addresses of another alignment."""
+    cache = HotCache(numbered(0, range(ROWS)), 30, device, spares=4)
+    ids = torch.randint(0, ROWS, (128,), generator=torch.Generator().manual_seed(0))
+    there = ids.to(device)
+    for part in (slice(0, 64), slice(1, 64), slice(3, 4), slice(5, 100), slice(0, 0), slice(0, 128, 2), slice(7, 128, 3)):
+        assert torch.equal(cache.rows(there[part]).cpu(), cache.table[ids[part]])
+    columns = ids.reshape(32, 4)
+    assert torch.equal(cache.lookup(there.reshape(32, 4)[:, 1]).wait().cpu(), cache.table[columns[:, 1]])
+
+
+@DEVICES
 def test_rows_under_way_are_not_evicted(device):
     cache = HotCache(numbered(0, range(ROWS)), 40, device, spares=10)
     soon = torch.arange(10, device=device)

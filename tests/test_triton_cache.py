@@ -47,7 +47,7 @@ def random_state(generator, slots, dtype, filled):
 
 
 def moved(state, device):
-    fields = {name: None if t is None else t.to(device) for name, t in vars(state).items()}
+    fields = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in vars(state).items()}
     if device == "cuda":
         fields["table"] = state.table.pin_memory()
     return hot_cache.CacheState(**fields)
