@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import cProfile
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import multiprocessing
 import pathlib
+import pstats
 import random
+import re
 import statistics
 import tempfile
 import time
@@ -162,6 +166,55 @@ def step(engine: Engine, suffix: str = "") -> list[Measurement]:
         send = getattr(engine, task)
         note(f"{task} alone N=512{suffix}", seconds_of(lambda: send([next(prompts)], [[]], k), 30))  # noqa: B023
     return found
+
+
+def host_profile(engine: Engine, run: Callable[[], object], rows: int = 30) -> str:
+    """cProfile of `run` in the engine's own thread as a table, the functions that cost most by themselves first."""
+    profile, text = cProfile.Profile(), io.StringIO()
+    profile.runcall(run)
+    pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(rows)
+    return re.sub(r"\n\s*\n", "\n", re.sub(r"\S*/", "", text.getvalue()))
+
+
+def device_profile(run: Callable[[], object], rows: int = 16) -> str:
+    """Kernels of `run` by their time on the GPU, as a table."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        run()
+        torch.cuda.synchronize()
+    events = sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in events)
+    lines = [f"{e.self_device_time_total:9.0f} us {e.count:5d} x {e.key[:90]}" for e in events[:rows]]
+    return "\n".join([f"{total:9.0f} us in all", *lines])
+
+
+def profiles(engine: Engine, batch: int = 8, history: int = 512, steps: int = 200) -> str:
+    """Where `steps` decode steps and 64 requests of either task spend the host's time, and the GPU's."""
+    parts, config = [], engine.config
+    parts += [f"--- host: {steps} decode steps B={batch} N={history}"]
+    parts += [host_profile(engine, lambda: decode_steps(engine, batch, history, steps))]
+    if next(runner_of(engine).get_model().parameters()).is_cuda:
+        parts += [f"--- GPU: 20 decode steps B={batch} N={history}"]
+        parts += [device_profile(lambda: decode_steps(engine, batch, history, 20))]
+    for task, k in TASKS.items():
+        prompts = random_histories(config, 64, history, 11)
+        send = getattr(engine, "submit_" + task)
+
+        def many() -> None:
+            # Without the engine's thread, so that the profiler sees both halves: adding requests and stepping.
+            for prompt in prompts:  # noqa: B023
+                send(prompt, [], k)  # noqa: B023
+            while engine.turn():
+                pass
+
+        parts += [f"--- host: 64 x {task} N={history}"]
+        with engine.held():
+            parts += [host_profile(engine, many)]
+            if next(runner_of(engine).get_model().parameters()).is_cuda:
+                prompts = random_histories(config, 64, history, 12)
+                parts += [f"--- GPU: 64 x {task} N={history}", device_profile(many)]
+    return "\n".join(parts)
 
 
 # ---- candidates
@@ -321,6 +374,8 @@ def replica(connection, folder: pathlib.Path, options: EngineOptions, seed: int,
             while (order := connection.recv()) is not None:
                 if order == "step":
                     connection.send(step(engine))
+                elif order == "profiles":
+                    connection.send(profiles(engine))
                 elif order == "candidates":
                     connection.send(engine_candidates(engine))
                 elif order == "null":

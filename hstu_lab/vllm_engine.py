@@ -155,7 +155,8 @@ class Engine:
         self._incoming: list[tuple[str, dict, object, concurrent.futures.Future]] = []
         self._waiting: dict[str, concurrent.futures.Future] = {}
         self._aborted: set[str] = set()
-        self._closed = False
+        self._turns = threading.Lock()
+        self._closed = self._held = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="vllm-engine", daemon=True)
         self._thread.start()
@@ -249,25 +250,13 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not (self._incoming or self._waiting or self._closed):
+                while not ((self._incoming or self._waiting or self._closed) and not self._held):
                     self._wake.wait()
                 if self._closed:
                     break
-                incoming, self._incoming = self._incoming, []
-                aborted, self._aborted = self._aborted, set()
             try:
-                incoming = [entry for entry in incoming if entry[0] not in aborted]
-                if gone := [request_id for request_id in aborted if self._waiting.pop(request_id, None)]:
-                    self.engine.abort_request(gone)
-                if not (incoming or self._waiting):
-                    continue
-                for request_id, body, params, future in incoming:
-                    self._add(request_id, body, params, future)
-                with _STEP:
-                    outputs = self.engine.step()
-                for output in outputs:
-                    if output.finished:
-                        self._waiting.pop(output.request_id).set_result(output)
+                with self._turns:
+                    self.turn()
             except Exception as error:  # the engine is gone: everybody who waits must hear of it
                 with self._wake:
                     self._failure = error
@@ -279,6 +268,38 @@ class Engine:
                 return
         for future in (*self._waiting.values(), *(entry[3] for entry in self._incoming)):
             future.set_exception(EngineError("the vLLM engine was closed before the request was answered"))
+
+    def turn(self) -> bool:
+        """Hand new requests to vLLM, let it make one step and answer what is finished; False when nobody waits."""
+        with self._wake:
+            incoming, self._incoming = self._incoming, []
+            aborted, self._aborted = self._aborted, set()
+        incoming = [entry for entry in incoming if entry[0] not in aborted]
+        if gone := [request_id for request_id in aborted if self._waiting.pop(request_id, None)]:
+            self.engine.abort_request(gone)
+        for request_id, body, params, future in incoming:
+            self._add(request_id, body, params, future)
+        if not self._waiting:
+            return False
+        with _STEP:
+            outputs = self.engine.step()
+        for output in outputs:
+            if output.finished:
+                self._waiting.pop(output.request_id).set_result(output)
+        return True
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, the engine's own thread rests and the caller makes the turns."""
+        with self._wake:
+            self._held = True
+        try:
+            with self._turns:
+                yield
+        finally:
+            with self._wake:
+                self._held = False
+                self._wake.notify()
 
     def _add(self, request_id: str, body: dict, params, future: concurrent.futures.Future) -> None:
         try:
