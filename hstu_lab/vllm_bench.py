@@ -40,7 +40,7 @@ from hstu_lab.vllm_load import TASKS, Cell, Users, closed_loop, fill, open_loop
 
 HISTORIES = (128, 256, 512, 1024)
 OPTIONS = EngineOptions(
-    kv_cache_memory_bytes=10 << 30, block_size=32, max_num_seqs=256, max_num_batched_tokens=8192, dtype="bfloat16", ops="triton",
+    kv_cache_memory_bytes=10 << 30, block_size=64, max_num_seqs=256, max_num_batched_tokens=16384, dtype="bfloat16", ops="triton",
     cuda_graphs="FULL", prompt_embeds=False, micro_batch=512,
 )  # fmt: skip
 
@@ -111,21 +111,14 @@ def seconds_of(run, repeats: int) -> tuple[float, ...]:
 
 def decode_steps(engine: Engine, batch: int, history: int, steps: int = 40) -> tuple[float, ...]:
     """Seconds of engine steps in which `batch` requests add one item each."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    core = engine.engine
-    for i, prompt in enumerate(random_histories(engine.config, batch, history, batch)):
-        params = SamplingParams(
-            temperature=0, max_tokens=steps + 6, logprobs=0, flat_logprobs=True, detokenize=False, ignore_eos=True,
-            extra_args={"seen": []}, output_kind=RequestOutputKind.FINAL_ONLY,
-        )  # fmt: skip
-        core.add_request(f"step-{batch}-{history}-{i}-{time.time_ns()}", {"prompt_token_ids": prompt}, params)
-    for _ in range(4):
-        core.step()
-    samples = seconds_of(core.step, steps)
-    while core.has_unfinished_requests():
-        core.step()
+    with engine.held():
+        for prompt in random_histories(engine.config, batch, history, batch):
+            engine.submit_steps(prompt, [], steps + 6)
+        for _ in range(4):
+            engine.turn()
+        samples = seconds_of(engine.turn, steps)
+        while engine.turn():
+            pass
     return samples
 
 

@@ -156,6 +156,7 @@ class HSTUForRecommendation(nn.Module):
         hidden = self.stack(x.contiguous(), attend)
         if metadata is not None:
             self.slots.keep_candidates(hidden, gaps, metadata, self.attention[-1].kv_cache)
+            self.slots.keep_ends(hidden, gaps, metadata)
         return hidden
 
     def task_logits(self, slots: Tensor) -> Tensor:
