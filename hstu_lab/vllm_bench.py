@@ -92,6 +92,25 @@ class NullModel:
         return self._logits.expand(len(hidden_states), -1).clone()
 
 
+class NullLoop:
+    """Stands for the loop that generates slates: the same items for all, at once."""
+
+    def __init__(self, loop):
+        self.count = loop.count
+        self._items = torch.arange(1, loop.count + 1, device=loop.nothing.device)
+        self._scores = torch.zeros(loop.count, device=loop.nothing.device)
+
+    def __call__(self, rows: Tensor, *_) -> tuple[Tensor, Tensor]:
+        return self._items.expand(len(rows), -1), self._scores.expand(len(rows), -1)
+
+
+def make_null(engine: Engine) -> None:
+    """From here on the engine schedules, samples and answers as ever, and computes nothing."""
+    runner = runner_of(engine)
+    runner.model = NullModel(runner.get_model())
+    runner.sampler.loop = NullLoop(runner.sampler.loop)
+
+
 def random_histories(config: ModelConfig, count: int, length: int, seed: int) -> list[list[int]]:
     users = Users(config, Cell("topk", length, 0.0), 1, seed)
     return [users._events(length) for _ in range(count)]
@@ -154,10 +173,11 @@ def step(engine: Engine, suffix: str = "") -> list[Measurement]:
             for size, replays in graph_replays(engine).items():
                 if size == batch:
                     note(f"graph replay B={size} N=512", replays, 10, "cuda events")
-    for task, k in TASKS.items():
-        prompts = iter(random_histories(config, 30, 512, 3 if suffix else 4))
-        send = getattr(engine, task)
-        note(f"{task} alone N=512{suffix}", seconds_of(lambda: send([next(prompts)], [[]], k), 30))  # noqa: B023
+    by_steps = "slate, an item a step,"
+    for turn, (task, k) in enumerate((TASKS | {by_steps: TASKS["slate"]}).items()):
+        prompts = iter(random_histories(config, 30, 512, 2 * turn + bool(suffix)))
+        send = engine.submit_steps if task == by_steps else getattr(engine, f"submit_{task}")
+        note(f"{task} alone N=512{suffix}", seconds_of(lambda: send(next(prompts), [], k).result(), 30))  # noqa: B023
     return found
 
 
@@ -372,7 +392,7 @@ def replica(connection, folder: pathlib.Path, options: EngineOptions, seed: int,
                 elif order == "candidates":
                     connection.send(engine_candidates(engine))
                 elif order == "null":
-                    runner_of(engine).model = NullModel(runner_of(engine).get_model())
+                    make_null(engine)
                     connection.send(step(engine, " null") if seed == 0 else [])
                 else:
                     cell, rate, in_flight, seconds = order
