@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import multiprocessing
+import os
 import pathlib
 import pstats
 import random
@@ -169,7 +170,7 @@ def step(engine: Engine, suffix: str = "") -> list[Measurement]:
     config = engine.config
     for batch in (1, 8, 64):
         note(f"engine step B={batch} N=512{suffix}", decode_steps(engine, batch, 512))
-        if not suffix:  # the graph's inputs are those of the batch that ran last
+        if not suffix and engine.in_process:  # the graph's inputs are those of the batch that ran last
             for size, replays in graph_replays(engine).items():
                 if size == batch:
                     note(f"graph replay B={size} N=512", replays, 10, "cuda events")
@@ -373,9 +374,14 @@ def compile_kernels(first: int, total: int) -> None:
         job()
 
 
-def replica(connection, folder: pathlib.Path, options: EngineOptions, seed: int, count: int, warm_users: int) -> None:
-    """One engine in a process of its own; does what it is told, when it is told."""
+def replica(
+    connection, folder: pathlib.Path, options: EngineOptions, seed: int, count: int, warm_users: int, gpu: int | None = None
+) -> None:
+    """One engine in a process of its own; does what it is told, when it is told. `gpu` counts those that are visible."""
     try:
+        if gpu is not None:  # before CUDA is first asked for
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible[gpu]
         if options.ops == "triton":
             compile_kernels(seed, count)
         with Engine(folder, options) as engine:
@@ -385,7 +391,12 @@ def replica(connection, folder: pathlib.Path, options: EngineOptions, seed: int,
             connection.send("ready")
             runs = itertools.count(1000 * seed)
             while (order := connection.recv()) is not None:
-                if order == "step":
+                if isinstance(order, list):
+                    nothing = [[]] * len(order)
+                    connection.send(
+                        [[g.items for g in send(order, nothing, k)] for send, k in ((engine.topk, 20), (engine.slate, 10))]
+                    )
+                elif order == "step":
                     connection.send(step(engine))
                 elif order == "profiles":
                     connection.send(profiles(engine))
@@ -410,14 +421,15 @@ def replica(connection, folder: pathlib.Path, options: EngineOptions, seed: int,
 
 
 class Replicas:
-    """Engines of one GPU, each in its own process, that start a load together."""
+    """Engines, each in its own process, that start a load together; on one GPU, or in turn on several."""
 
-    def __init__(self, count: int, folder: pathlib.Path, options: EngineOptions, warm_users: int = 64):
+    def __init__(self, count: int, folder: pathlib.Path, options: EngineOptions, warm_users: int = 64, gpus: int = 1):
         context = multiprocessing.get_context("spawn")
         self.pipes, self.processes = [], []
         for i in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=replica, args=(theirs, folder, options, i, count, warm_users), daemon=True)
+            arguments = theirs, folder, options, i, count, warm_users, i % gpus if gpus > 1 else None
+            process = context.Process(target=replica, args=arguments, daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)

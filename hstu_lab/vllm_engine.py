@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hstu_lab.config import TASKS
+from hstu_lab.config import TASKS, ModelConfig
 from hstu_lab.model import load_config
 
 ENVIRONMENT = {
@@ -106,6 +106,51 @@ def graph_sizes(most: int) -> list[int]:
     return sorted({size for size in steps if size <= most})
 
 
+def loop_sizes(options: EngineOptions) -> list[int]:
+    """Requests for whose slates a CUDA graph is captured."""
+    if options.cuda_graphs == "NONE" or not options.fused_slates or options.tensor_parallel_size > 1:
+        return []
+    return [size for size in graph_sizes(options.max_num_seqs) if size.bit_count() <= 2]
+
+
+def micro_batch(config: ModelConfig, options: EngineOptions) -> int:
+    """Most candidates of one request of vLLM."""
+    most = min(options.micro_batch, (config.num_items - 1) // len(TASKS))
+    if options.enable_chunked_prefill:
+        return most
+    return max(min(most, options.max_num_batched_tokens - config.max_seq_len - 1), 0)  # a request must fit into one step
+
+
+def room(config: ModelConfig, options: EngineOptions) -> int:
+    """Most tokens of one request of vLLM: a history, and candidates behind a mark."""
+    most = micro_batch(config, options)
+    return config.max_seq_len + most + (most > 0)
+
+
+def engine_arguments(checkpoint: str | pathlib.Path, options: EngineOptions) -> dict:
+    """What vLLM's engine arguments, of its plain or asynchronous engine, must be for such a checkpoint. Registers the model."""
+    from hstu_lab.vllm_plugin import candidates, register, seen_items, slates
+
+    register()
+    arguments = dataclasses.asdict(options)
+    for own in ("micro_batch", "fused_slates"):
+        del arguments[own]
+    ops, embeds = arguments.pop("ops"), arguments.pop("prompt_embeds")
+    most, graphs = min(arguments.pop("graph_tokens"), options.max_num_batched_tokens), arguments.pop("cuda_graphs")
+    sizes = graph_sizes(most if graphs == "FULL" else options.max_num_seqs)
+    return arguments | {
+        "model": str(checkpoint), "skip_tokenizer_init": True, "max_logprobs": -1, "logprobs_mode": "processed_logprobs",
+        "max_model_len": room(load_config(checkpoint), options),
+        "logits_processors": [seen_items.SeenItems, candidates.TaskScores, slates.SlateRows],
+        "worker_extension_cls": "hstu_lab.vllm_plugin.sampling.WorkerExtension",
+        "additional_config": {"ops": ops}, "enable_prompt_embeds": embeds,
+        "compilation_config": {
+            "mode": 0, "cudagraph_mode": graphs, **({} if graphs == "NONE" else {"cudagraph_capture_sizes": sizes}),
+        },
+        "disable_log_stats": True, "use_tqdm_on_load": False, "seed": 0,
+    }  # fmt: skip
+
+
 class Engine:
     """vLLM serving one checkpoint folder.
 
@@ -125,47 +170,23 @@ class Engine:
             current_platform.simple_compile_backend = "eager"
             from vllm import EngineArgs
             from vllm.v1.engine.llm_engine import LLMEngine
+
+            from hstu_lab.vllm_plugin import candidates
         except ImportError as error:
             raise EngineError(f"vllm is not installed ({error}); run `make setup`, or `pip install vllm` with a GPU") from error
-        from hstu_lab.vllm_plugin import register
-        from hstu_lab.vllm_plugin.candidates import MARKS, TaskScores
-        from hstu_lab.vllm_plugin.seen_items import SeenItems
-        from hstu_lab.vllm_plugin.slates import SlateRows
-
-        register()
         self.config = load_config(checkpoint)
-        arguments = dataclasses.asdict(options)
-        self.micro_batch = min(arguments.pop("micro_batch"), (self.config.num_items - 1) // len(TASKS))
-        if not options.enable_chunked_prefill:  # then a request must fit into one step
-            self.micro_batch = max(min(self.micro_batch, options.max_num_batched_tokens - self.config.max_seq_len - 1), 0)
-        # Token ids are checked here, and a slate's tokens are the items' places and one for the mark.
-        self._last_token = self.config.token_limit + self.config.num_items + MARKS
-        self._fused = arguments.pop("fused_slates") and options.tensor_parallel_size == 1
-        self._room = self.config.max_seq_len + self.micro_batch + (self.micro_batch > 0)
+        self.micro_batch = micro_batch(self.config, options)
+        self._last_token = self.config.token_limit + self.config.num_items + candidates.MARKS
+        self.in_process = options.tensor_parallel_size == 1
+        self._fused = options.fused_slates and options.tensor_parallel_size == 1
+        self._room = room(self.config, options)
         self._step_tokens = self._room if options.enable_chunked_prefill else options.max_num_batched_tokens
-        arguments["additional_config"] = {"ops": arguments.pop("ops")}
-        arguments["enable_prompt_embeds"] = arguments.pop("prompt_embeds")
-        most = min(arguments.pop("graph_tokens"), options.max_num_batched_tokens)
-        sizes = graph_sizes(most if options.cuda_graphs == "FULL" else options.max_num_seqs)
-        graphs = arguments.pop("cuda_graphs")
-        arguments["compilation_config"] = {
-            "mode": 0, "cudagraph_mode": graphs, **({} if graphs == "NONE" else {"cudagraph_capture_sizes": sizes}),
-        }  # fmt: skip
         # vLLM wants a stdout with a file number; Jupyter's has none.
         global _open_engines
         with _STEP, contextlib.redirect_stdout(sys.__stdout__), _quiet():
-            self.engine = LLMEngine.from_engine_args(
-                EngineArgs(
-                    model=str(checkpoint), skip_tokenizer_init=True, max_logprobs=-1, logprobs_mode="processed_logprobs",
-                    max_model_len=self._room, logits_processors=[SeenItems, TaskScores, SlateRows],
-                    worker_extension_cls="hstu_lab.vllm_plugin.sampling.WorkerExtension",
-                    disable_log_stats=True, use_tqdm_on_load=False, seed=0, **memory, **arguments,
-                )
-            )  # fmt: skip
+            self.engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(checkpoint, options), **memory))
             _open_engines += 1
-            captured = self._fused and graphs != "NONE"
-            loops = [size for size in graph_sizes(options.max_num_seqs) if captured and size.bit_count() <= 2]
-            self.engine.collective_rpc("use_recommendation_sampler", args=(loops,))
+            self.engine.collective_rpc("use_recommendation_sampler", args=(loop_sizes(options),))
         self._ids = itertools.count()
         self._wake = threading.Condition()
         self._incoming: list[_Waiting] = []

@@ -6,7 +6,7 @@ import triton
 GPU = torch.cuda.is_available()
 interpret = triton.knobs.runtime.interpret
 triton.knobs.runtime.interpret = not GPU  # only while the kernels are defined: other tests use Triton as it is
-from hstu_lab.ops import reference, triton_attention, triton_kv_write, triton_ops, triton_serving  # noqa: E402
+from hstu_lab.ops import reference, triton_attention, triton_ends, triton_kv_write, triton_ops, triton_serving  # noqa: E402
 
 triton.knobs.runtime.interpret = interpret
 
@@ -25,6 +25,7 @@ __all__ = [
     "paged_case",
     "reference",
     "triton_attention",
+    "triton_ends",
     "triton_kv_write",
     "triton_ops",
     "triton_serving",

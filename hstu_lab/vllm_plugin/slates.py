@@ -115,9 +115,7 @@ class SlateLoop:
         for i in range(self.count):
             logits, position = model.compute_logits(hidden), lens + i
             slots.mask_items(logits, position, table)
-            logits.index_put_(
-                (pairs[0], pairs[1]), logits.new_tensor(-torch.inf) if not logits.is_cuda else self._nothing(logits)
-            )
+            logits.index_put_((pairs[0], pairs[1]), self.nothing)
             item = logits.argmax(-1)
             scores.append(logits.gather(1, item.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1))
             items.append(item)
@@ -134,7 +132,7 @@ class SlateLoop:
 
     def capture(self, sizes: Sequence[int]) -> None:
         """Capture the loop as a CUDA graph for batches of those sizes, after a run that compiles what it needs."""
-        blocks = -(-self.vllm_config.model_config.max_model_len // self.model.slots.gaps.shape[1])
+        blocks = self.model.slots.step.block_table.shape[1]  # of the last step by which vLLM warmed up
         pool, device = torch.cuda.graph_pool_handle(), self.model.slots.gaps.device
         for size in sorted(sizes, reverse=True):
             # Item 0 is no item, so that pairs of zeros mask nothing.
