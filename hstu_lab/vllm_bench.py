@@ -159,8 +159,9 @@ def graph_replays(engine: Engine) -> dict[int, tuple[float, ...]]:
     return found
 
 
-def step(engine: Engine, suffix: str = "") -> list[Measurement]:
+def step(engine: Engine, suffix: str = "", history: int = 512) -> list[Measurement]:
     """A decode step through the engine and as graph replay; a slate and a topk for one user alone."""
+    history = min(history, engine.config.max_history - 50)
     found = []
 
     def note(*measurement) -> None:
@@ -169,16 +170,16 @@ def step(engine: Engine, suffix: str = "") -> list[Measurement]:
 
     config = engine.config
     for batch in (1, 8, 64):
-        note(f"engine step B={batch} N=512{suffix}", decode_steps(engine, batch, 512))
+        note(f"engine step B={batch} N={history}{suffix}", decode_steps(engine, batch, history))
         if not suffix and engine.in_process:  # the graph's inputs are those of the batch that ran last
             for size, replays in graph_replays(engine).items():
                 if size == batch:
-                    note(f"graph replay B={size} N=512", replays, 10, "cuda events")
+                    note(f"graph replay B={size} N={history}", replays, 10, "cuda events")
     by_steps = "slate, an item a step,"
     for turn, (task, k) in enumerate((TASKS | {by_steps: TASKS["slate"]}).items()):
-        prompts = iter(random_histories(config, 30, 512, 2 * turn + bool(suffix)))
+        prompts = iter(random_histories(config, 30, history, 2 * turn + bool(suffix)))
         send = engine.submit_steps if task == by_steps else getattr(engine, f"submit_{task}")
-        note(f"{task} alone N=512{suffix}", seconds_of(lambda: send(next(prompts), [], k).result(), 30))  # noqa: B023
+        note(f"{task} alone N={history}{suffix}", seconds_of(lambda: send(next(prompts), [], k).result(), 30))  # noqa: B023
     return found
 
 

@@ -257,7 +257,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.cpu:
         with tempfile.TemporaryDirectory() as out:
-            run(pathlib.Path(out), arguments.seconds, CPU, CPU, "tiny", 1, torch.float32, 32)
+            run(pathlib.Path(out), arguments.seconds, CPU, CPU, "small", 1, torch.float32, 96)
     elif torch.cuda.device_count() < 2:
         raise SystemExit(f"{torch.cuda.device_count()} GPUs are visible: this needs two")
     else:
