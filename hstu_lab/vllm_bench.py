@@ -246,76 +246,95 @@ class CachedUsers:
         self.caches = torch.zeros(shape, device="cuda", dtype=x.dtype)
         self.table = torch.randperm(self.users * per_user, device="cuda").view(self.users, per_user).int()
         self.slot_times = torch.zeros(self.users * per_user, page, dtype=torch.int64, device="cuda")
-        self.times = times
+        self.times, self.steps = times, {}
         self.run(0, history)
 
-    def run(self, first: int, count: int) -> Tensor:
-        """Hidden states (B, count, d_model) of the rows from `first` on; those behind the history are candidates."""
+    def run(self, first: int, count: int, only_candidates: bool = False) -> Tensor:
+        """Hidden states (B, count, d_model) of the rows from `first` on; those behind the history are candidates.
+
+        A step of any mixture, as in the engine; or `only_candidates`, whose keys and values nobody reads from the cache.
+        """
+        from hstu_lab.ops.triton_candidates import attention_candidates, time_buckets
         from hstu_lab.ops.triton_kv_write import write_kv
         from hstu_lab.ops.triton_serving import attention_step, list_tiles
 
-        users, where = self.users, torch.arange(first, first + count, device="cuda")
-        slots = (self.table[:, where // self.page].long() * self.page + where % self.page).flatten()
-        times = self.times[:, first : first + count].flatten()
-        self.slot_times.view(-1)[slots] = times
-        offsets = torch.arange(users + 1, device="cuda", dtype=torch.int32) * count
-        seq_lens = torch.full((users,), first + count, device="cuda", dtype=torch.int32)
-        history = seq_lens.clamp(max=self.history)
-        x, tiles = self.x[:, first : first + count].flatten(0, 1), []
+        users = self.users
+        if (first, count) not in self.steps:  # an engine has these ready before the step
+            where = torch.arange(first, first + count, device="cuda")
+            slots = (self.table[:, where // self.page].long() * self.page + where % self.page).flatten()
+            times = self.times[:, first : first + count].flatten()
+            self.slot_times.view(-1)[slots] = times
+            offsets = torch.arange(users + 1, device="cuda", dtype=torch.int32) * count
+            seq_lens = torch.full((users,), first + count, device="cuda", dtype=torch.int32)
+            self.steps[first, count] = slots, times, offsets, seq_lens, seq_lens.clamp(max=self.history)
+        slots, times, offsets, seq_lens, history = self.steps[first, count]
+        x, divisor = self.x[:, first : first + count].flatten(0, 1), self.stack.config.max_seq_len
+        step, listed = (self.table, offsets, seq_lens), []
 
         def attend(layer, q, k, v, bias):
-            write_kv(k, v, self.caches[layer], slots)
             keys, values = self.caches[layer].tensor_split(2, dim=-1)
-            if not tiles:
-                tiles.append(list_tiles(offsets, seq_lens, history, q, self.page, self.table.shape[1] * self.page))
-            return attention_step(
-                q, keys, values, self.table, offsets, seq_lens, *tiles, divisor=self.stack.config.max_seq_len, bias=bias,
-                query_times=times, slot_times=self.slot_times, history_lens=history,
-            )  # fmt: skip
+            if only_candidates:
+                if not listed:
+                    listed.append(time_buckets(bias, *step, history, times, self.slot_times))
+                return attention_candidates(
+                    q, keys, values, *step, history, *listed, divisor=divisor, bias=bias, own=(k, v), max_queries=count
+                )
+            write_kv(k, v, self.caches[layer], slots)
+            known = {"bias": bias, "query_times": times, "slot_times": self.slot_times}
+            if not listed:
+                listed.append(list_tiles(*step, history, q, self.page, **known))
+            return attention_step(q, keys, values, *step, *listed, divisor=divisor, history_lens=history, **known)
 
         return self.stack(x, attend).unflatten(0, (users, count))
 
 
-def stack_candidates(record, stack: HSTUStack, users: int, history: int, count: int, micro: int, ready) -> None:
-    """Graph replays of the stack alone: one pass over everything, against the cache, and the history again for each few."""
+def stack_candidates(record: Record, stack: HSTUStack, users: int, history: int, count: int, micro: int) -> dict[str, Callable]:
+    """The stack alone, by name: one pass over everything, against the cache, and the history again for each few; all ran once."""
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(users, history + count, stack.config.d_model, device="cuda", generator=generator).bfloat16()
     times = (torch.arange(history + count, device="cuda").clamp(max=history - 1) * 60).expand(users, -1).contiguous()
     cache = CachedUsers(stack, x, times, history, count)
 
-    def one_pass(length: int = history + count, of_them: int = count) -> Tensor:
+    def one_pass_of(of_them: int) -> Callable[[], Tensor]:
+        length = history + of_them
         offsets = torch.arange(users + 1, device="cuda") * length
         number = torch.full((users,), of_them, device="cuda")
         rows, seconds = x[:, :length].flatten(0, 1), times[:, :length].flatten()
-        return stack.jagged(rows, offsets, seconds, number, length).unflatten(0, (users, length))
+        return lambda: stack.jagged(rows, offsets, seconds, number, length).unflatten(0, (users, length))
 
-    expected, got = one_pass()[:, history:].float(), cache.run(history, count).float()
-    error = ((got - expected).norm() / expected.norm()).item()
-    record.data[f"hidden states of {users} users: cached against one pass, relative error"] = error
+    one_pass, few = one_pass_of(count), one_pass_of(micro)
+    expected = one_pass()[:, history:].float()
+    for only in (True, False):
+        got = cache.run(history, count, only).float()
+        kind = "candidates only" if only else "any mixture"
+        error = ((got - expected).norm() / expected.norm()).item()
+        record.data[f"hidden states of {users} users: {kind} against one pass, relative error"] = error
     ways = {
         "one pass": one_pass,
-        "cached": lambda: cache.run(history, count),
-        f"cached, {micro} at a time": lambda: [cache.run(first, micro) for first in range(history, history + count, micro)],
-        f"history again for each {micro}": lambda: [one_pass(history + micro, micro) for _ in range(count // micro)],
+        "cached": lambda: cache.run(history, count, True),
+        "cached, step of any mixture": lambda: cache.run(history, count),
+        f"cached, {micro} at a time": lambda: [cache.run(i, micro, True) for i in range(history, history + count, micro)],
+        f"history again for each {micro}": lambda: [few() for _ in range(count // micro)],
     }
     for run in ways.values():
         run()  # compiles what it needs
-    ready()
-    for name, run in ways.items():
-        name = f"stack {count} candidates N={history} users={users} {name}"
-        record.measurements.append(measure.measure(run, name=name, repeats=20, cuda_graph=True))
-        print(record.measurements[-1], flush=True)
+    return {f"stack {count} candidates N={history} users={users} {name}": run for name, run in ways.items()}
 
 
 @torch.inference_mode()
 def candidates(record: Record, ready: Callable[[], None] = lambda: None) -> None:
-    """512 candidates after 1,024 events, the stack alone."""
-    stack = HSTUStack(serving_config(), ops.get("triton")).cuda().bfloat16()
+    """512 candidates after 1,024 events, the stack alone: GPU time of graph replays."""
+    stack = HSTUStack(serving_config(), ops.get("triton")).cuda().bfloat16().eval()
     for name, parameter in stack.named_parameters():
         if "bias" in name:
             nn.init.normal_(parameter, std=0.02)
-    for users in (1, 8):
-        stack_candidates(record, stack, users, 1024, 512, 64, ready)
+    ways: dict[str, Callable] = {}
+    for users in (1, 4, 8):
+        ways |= stack_candidates(record, stack, users, 1024, 512, 64)
+    ready()
+    for name, run in ways.items():
+        record.measurements.append(measure.measure(run, name=name, repeats=20, cuda_graph=True))
+        print(record.measurements[-1], flush=True)
 
 
 def engine_candidates(engine: Engine, history: int = 1024, count: int = 512, micro: int = 64) -> tuple[list[Measurement], float]:
@@ -541,9 +560,7 @@ def run(folder: pathlib.Path, replicas: int, seconds: float, out: pathlib.Path |
     measure.write_record(steps, out)
     load(loads, group, "engines", telling, seconds, out)
     said("candidates")
-    if pipe.poll(1) and pipe.recv() == "ready":  # one user, then eight
-        pipe.send("go")
-        pipe.recv()
+    if pipe.poll(1) and pipe.recv() == "ready":
         pipe.send("go")
         if isinstance(record := pipe.recv(), Record):
             engine_seen, difference = group.tell("candidates", first_only=True)[0]

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from triton_cases import DEVICE, GPU, LIMITS, error, poison, random_bias, reference, triton_serving
+from triton_cases import BIASES, DEVICE, GPU, LIMITS, error, poison, random_bias, reference, triton_candidates, triton_serving
 
 
 def step_case(seed: int, dtype=torch.float32, heads=2, d=16, page=4, longest=48, padding=3, splits=None):
@@ -30,7 +30,9 @@ def step_case(seed: int, dtype=torch.float32, heads=2, d=16, page=4, longest=48,
             known["slot_times"][table[b, position // page], position % page] = 777
         new = torch.arange(n - count, n)
         known["query_times"][sum(counts[:b]) + (new >= h).nonzero().flatten().to(DEVICE)] = 777
-    tiles = triton_serving.list_tiles(where[1], where[2], known["history_lens"], q, page, pages * page)
+    tiles = triton_serving.list_tiles(
+        *where, known["history_lens"], q, page, bias=rab, query_times=known["query_times"], slot_times=known["slot_times"]
+    )
     assert (tiles.long is None) == (len(q) <= triton_serving.SHORT)
     poison()
     got = triton_serving.attention_step(q, keys, values, *where, tiles, **known)[: sum(counts)]
@@ -60,11 +62,18 @@ def test_every_query_has_one_tile(counts, padding):
     q = torch.empty(sum(counts) + padding, 2, 16, device=DEVICE)
     lens = offsets.diff() + 5
     history = torch.tensor([n + 5 if b % 2 else 25 for b, n in enumerate(counts)]).int().to(DEVICE)
-    tiles = triton_serving.list_tiles(offsets, lens, history, q, 16, 128)
-    size, rows = tiles.long_tiles.block_m, []
+    table, times = (
+        torch.arange(8 * len(counts), device=DEVICE).view(-1, 8),
+        torch.zeros(8 * len(counts), 16, device=DEVICE).long(),
+    )
+    query_times = torch.zeros(len(q), device=DEVICE).long()
+    tiles = triton_serving.list_tiles(
+        table, offsets, lens, history, q, 16, bias=None, query_times=query_times, slot_times=times
+    )  # fmt: skip
+    rows = []
     lists = [(tiles.short, triton_serving.SHORT)]
     if tiles.long is not None:
-        lists += [(tiles.long, size), (tiles.alike, size)]
+        lists += [(tiles.long, tiles.long_tiles.block_m), (tiles.alike, tiles.alike_tiles.block_m)]
     for listed, high in lists:
         for entry in listed.tolist():
             b, tile = divmod(entry, 1 << 16)
@@ -72,3 +81,56 @@ def test_every_query_has_one_tile(counts, padding):
                 assert (listed is tiles.alike) == (5 + tile * high >= history[b])
             rows += [(b, row) for row in range(tile * high, min(tile * high + high, counts[b]))]
     assert sorted(rows) == [(b, row) for b, count in enumerate(counts) for row in range(count)]
+
+
+def candidates_case(seed: int, dtype=torch.float32, heads=2, d=16, page=4, longest=48, bias="both", tiles=None):
+    """(got, expected) of three users' candidates, whose own keys and values are not in the cache."""
+    draw, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    history = [draw.choice([0, 1, draw.randrange(1, longest), longest]) for _ in range(3)]
+    counts = [draw.choice([0, 1, draw.randrange(1, longest)]) for _ in history]
+    counts[seed % 3] = max(counts[seed % 3], 1)
+    pages = -(-2 * longest // page)
+    table = torch.randperm(3 * pages, generator=g).view(3, pages)
+    keys, values = torch.full((2, 3 * pages, page, heads, d), torch.nan)
+    for b, n in enumerate(history):
+        for p in range(n):
+            for cache in (keys, values):
+                cache[table[b, p // page], p % page] = torch.randn(heads, d, generator=g)
+    keys, values = keys.to(dtype).to(DEVICE), values.to(dtype).to(DEVICE)
+    q, k, v = torch.randn(sum(counts), 3, heads, d, generator=g).to(dtype).to(DEVICE).unbind(1)
+    rab = random_bias(bias, heads, 64, 64, dtype, g)
+    offsets = torch.tensor([0, *counts]).cumsum(0).int().to(DEVICE)
+    lens, seq_lens = (torch.tensor(x).int().to(DEVICE) for x in (history, [h + c for h, c in zip(history, counts)]))
+    times = torch.randint(0, 10**6, (3,), generator=g).repeat_interleave(torch.tensor(counts)).to(DEVICE)
+    slot_times = torch.randint(0, 10**6, (3 * pages, page), generator=g).to(DEVICE)
+    table = table.int().to(DEVICE)
+    buckets = triton_candidates.time_buckets(rab, table, offsets, seq_lens, lens, times, slot_times)
+    poison()
+    got = triton_candidates.attention_candidates(
+        q, keys, values, table, offsets, seq_lens, lens, buckets, divisor=64, bias=rab, own=(k, v), max_queries=max(counts),
+        tiles=tiles,
+    )  # fmt: skip
+    if rab is not None:
+        rab = reference.RelativeBias(*(None if part is None else part.float() for part in (rab.position, rab.time)))
+    expected = reference.attention_paged(
+        q.float(), keys.float().nan_to_num(), values.float().nan_to_num(), table, offsets, lens, divisor=64, bias=rab,
+        query_times=times, slot_times=slot_times, candidates=(k.float(), v.float()),
+    )  # fmt: skip
+    return got, expected
+
+
+@pytest.mark.skipif(GPU, reason="the interpreter's small tiles; the GPU test draws longer histories")
+@pytest.mark.parametrize("bias", BIASES)
+def test_candidates_without_a_place_in_the_cache(bias):
+    for seed in range(2):
+        assert error(*candidates_case(seed, bias=bias)) < 1e-5
+    assert error(*candidates_case(2, heads=1, d=25, page=8, bias=bias)) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
+def test_candidates_on_the_gpu(dtype):
+    for seed in range(20):
+        page, d, longest = random.Random(seed).choice([(16, 64, 900), (64, 64, 300), (16, 128, 200), (32, 64, 1100)])
+        tiles = None if seed % 2 or d > 64 or dtype == torch.float32 else triton_candidates.CandidateTiles(64, 128, splits=4)
+        assert error(*candidates_case(seed, dtype, d=d, page=page, longest=longest, tiles=tiles)) <= LIMITS[dtype], seed

@@ -6,7 +6,17 @@ import triton
 GPU = torch.cuda.is_available()
 interpret = triton.knobs.runtime.interpret
 triton.knobs.runtime.interpret = not GPU  # only while the kernels are defined: other tests use Triton as it is
-from hstu_lab.ops import reference, triton_attention, triton_ends, triton_kv_write, triton_ops, triton_serving  # noqa: E402
+from hstu_lab.ops import (  # noqa: E402
+    reference,
+    triton_attention,
+    triton_candidates,
+    triton_decode,
+    triton_encoder,
+    triton_ends,
+    triton_kv_write,
+    triton_ops,
+    triton_serving,
+)
 
 triton.knobs.runtime.interpret = interpret
 
@@ -25,6 +35,9 @@ __all__ = [
     "paged_case",
     "reference",
     "triton_attention",
+    "triton_candidates",
+    "triton_decode",
+    "triton_encoder",
     "triton_ends",
     "triton_kv_write",
     "triton_ops",

@@ -7,6 +7,7 @@ and the mask of seen items need them; as digits, since bfloat16 holds integers e
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable
 
@@ -139,12 +140,18 @@ class HSTUForRecommendation(nn.Module):
         self, input_ids: Tensor | None, positions: Tensor, intermediate_tensors=None, inputs_embeds: Tensor | None = None
     ) -> Tensor:
         """Hidden states (T, d_model) of the step's tokens, given as ids (T,) or embeddings (T, d_model + 5)."""
-        x, level, item = self._read(input_ids) if inputs_embeds is None else detach_token(inputs_embeds)
         metadata = get_forward_context().attn_metadata
         if isinstance(metadata, dict):
             metadata = metadata[self.attention[0].layer_name]
-        if metadata is not None:
+        small = self._is_small(input_ids if inputs_embeds is None else inputs_embeds, metadata)
+        if small and inputs_embeds is None and self.encoder_tables is not None:
+            from hstu_lab.ops.triton_encoder import encode_tokens
+
+            x, gaps, item = encode_tokens(input_ids, self.encoder_tables, self.encoder)
+        else:
+            x, level, item = self._read(input_ids) if inputs_embeds is None else detach_token(inputs_embeds)
             gaps = self.level_seconds[level.clamp(0, self.config.num_time_levels - 1)].masked_fill(level < 0, CANDIDATE)
+        if metadata is not None:
             count = metadata.num_tokens
             self.slots.note(gaps[:count], item[:count], metadata, self.attention[0].kv_cache)
 
@@ -153,11 +160,47 @@ class HSTUForRecommendation(nn.Module):
             attention = self.attention[layer]
             return attention.impl.attend(q, k, v, attention.kv_cache, metadata)
 
-        hidden = self.stack(x.contiguous(), attend)
+        hidden = self._small_step(x, metadata) if small else self.stack(x.contiguous(), attend)
         if metadata is not None:
             self.slots.keep_candidates(hidden, gaps, metadata, self.attention[-1].kv_cache)
             self.slots.keep_ends(hidden, gaps, metadata)
         return hidden
+
+    def _is_small(self, tokens: Tensor, metadata) -> bool:
+        """Whether the step is one for `_small_step`: tokens (T, ...)."""
+        if metadata is None or self.gpus > 1 or not self.slots.fused or not self.attention[0].kv_cache.numel():
+            return False  # several GPUs join the moments of the norm between the kernels
+        from hstu_lab.ops.triton_decode import takes
+
+        return takes(len(tokens), self.config.d_model, self.attention[0].kv_cache, self.encoder.up.weight.dtype)
+
+    @functools.cached_property
+    def encoder_tables(self):
+        """What `triton_encoder` reads, None where it does not take so many tables."""
+        from hstu_lab.ops.triton_encoder import MAX_FEATURES, EncoderTables
+
+        config, tables = self.config, self.tables.embeddings
+        if len(config.side_features) > MAX_FEATURES:
+            return None
+        return EncoderTables(
+            tuple(tables[name].weight for name in ("item", *(name for name, _ in config.side_features))),
+            self.tables.item_features, tables["user"].weight if config.num_users else None, self.encoder.action.weight,
+            self.encoder.gap.weight, self.level_bucket, self.level_seconds, config.num_items, config.num_actions,
+            config.user_token_base, config.token_limit,
+        )  # fmt: skip
+
+    def _small_step(self, x: Tensor, metadata) -> Tensor:
+        """The stack for a few tokens, three launches a layer: x (T, d_model) -> hidden states (T, d_model)."""
+        from hstu_lab.ops.triton_decode import decode_layer, plan_step
+
+        x, where = x.contiguous(), metadata.block_table
+        plan = plan_step(
+            where, metadata.query_offsets, metadata.seq_lens, metadata.history_lens, len(x), page=self.slots.times.shape[1],
+            bias=self.stack.layers[0].bias, query_times=metadata.query_times, slot_times=self.slots.times,
+        )  # fmt: skip
+        for layer, attention in zip(self.stack.layers, self.attention):
+            x = decode_layer(x, layer, attention.kv_cache, metadata.slots, where, plan, divisor=self.config.max_seq_len)
+        return self.ops.layer_norm(x, self.stack.final_norm.weight, self.stack.final_norm.bias, self.config.norm_eps)
 
     def task_logits(self, slots: Tensor) -> Tensor:
         """Logits (S, 3) of the tasks for the candidates in those slots (S,)."""

@@ -82,21 +82,16 @@ class Slots:
 
     def attention(self, q: Tensor, keys: Tensor, values: Tensor, metadata, *, divisor: float, bias) -> Tensor:
         """Attention of the step's queries (T, H, d), their keys and values written already -> (T, H, d)."""
-        where = q, keys, values, metadata.block_table, metadata.query_offsets, metadata.seq_lens
-        known = {
-            "divisor": divisor, "bias": bias, "query_times": metadata.query_times, "slot_times": self.times,
-            "history_lens": metadata.history_lens,
-        }  # fmt: skip
+        where = metadata.block_table, metadata.query_offsets, metadata.seq_lens
+        known = {"bias": bias, "query_times": metadata.query_times, "slot_times": self.times}
+        common = {**known, "divisor": divisor, "history_lens": metadata.history_lens}
         if not self.fused:
-            return self.ops.attention_paged(*where, **known)
+            return self.ops.attention_paged(q, keys, values, *where, **common)
         from hstu_lab.ops.triton_serving import attention_step, list_tiles
 
         if metadata.tiles is None:  # the first layer lists them for all
-            longest = metadata.block_table.shape[1] * keys.shape[1]
-            metadata.tiles = list_tiles(
-                metadata.query_offsets, metadata.seq_lens, metadata.history_lens, q, keys.shape[1], longest
-            )
-        return attention_step(*where, metadata.tiles, **known)
+            metadata.tiles = list_tiles(*where, metadata.history_lens, q, keys.shape[1], **known)
+        return attention_step(q, keys, values, *where, metadata.tiles, **common)
 
     def divide(self, metadata):
         """The metadata of a step's fresh requests, and of the others; made by the first layer for all."""

@@ -1,0 +1,51 @@
+"""The engine on the Triton kernels, in Triton's interpreter: the same answers as on the oracle's operators."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.timeout(150), pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")]
+
+SCRIPT = """
+import json, sys
+from hstu_lab.vllm_engine import Engine, EngineOptions
+
+def answers(ops):
+    options = EngineOptions(kv_cache_memory_bytes=8 << 20, max_num_seqs=4, ops=ops, prompt_embeds=False)
+    prompts = [list(range(100, 100 + n)) for n in (6, 15, 23)]
+    with Engine(sys.argv[1], options) as engine:
+        slates = engine.slate(prompts, [[7], [], []], 4)
+        scores = engine.score(prompts[2:], [list(range(1, 25))])
+    return [g.items for g in slates], [g.logprobs for g in slates], scores[0].tolist()
+
+expected = answers("reference")
+from hstu_lab.ops import triton_decode, triton_serving
+steps = {"small": 0, "candidates": 0}
+def counted(module, name, key):
+    function = getattr(module, name)
+    def call(*args, **kwargs):
+        steps[key] += 1
+        return function(*args, **kwargs)
+    setattr(module, name, call)
+counted(triton_decode, "decode_layer", "small")
+counted(triton_serving, "attention_candidates", "candidates")
+print(json.dumps([expected, answers("triton"), steps]))
+"""
+
+
+def test_the_engine_answers_the_same_on_the_kernels(tiny_checkpoint):
+    """Slates (small steps, beside prompts) and candidates, whose task scores come from what the last layer left in the cache."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-c", SCRIPT, tiny_checkpoint], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    expected, got, steps = json.loads(run.stdout.splitlines()[-1])
+    assert steps["small"] >= 3 * 2, "no small step was computed by the kernels for it"
+    assert steps["candidates"], "no tile of candidates was"
+    assert got[0] == expected[0]
+    for ours, theirs in zip(got[1], expected[1], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    assert torch.tensor(got[2]).sub(torch.tensor(expected[2])).abs().max() < 1e-5
