@@ -331,9 +331,12 @@ class Engine:
         # The core itself: vLLM's front end, one request's lists of Python objects after another, costs as much as the step.
         with _STEP:
             outputs = self.engine.engine_core.get_output()
+        metrics = None if self.engine.logger_manager is None else _Metrics(self.engine, outputs)
         for output in outputs.outputs:
             if (waiting := self._waiting.get(output.request_id)) is None:
                 continue
+            if metrics:
+                metrics.note(output, waiting)
             if output.prefill_stats is not None:
                 waiting.cached = output.prefill_stats.num_cached_tokens
             waiting.tokens += output.new_token_ids
@@ -342,6 +345,8 @@ class Engine:
             if output.finished:
                 del self._waiting[output.request_id]
                 waiting.finish()
+        if metrics:
+            metrics.record()
         return True
 
     @contextlib.contextmanager
@@ -380,7 +385,7 @@ class Engine:
         if min(prompt) < 0 or max(prompt) >= self._last_token:
             raise ValueError(f"tokens are from 0 to {self.config.token_limit - 1}")
         return EngineCoreRequest(
-            waiting.request_id, prompt, None, params, None, time.time(), None, None, None, external_req_id=waiting.request_id
+            waiting.request_id, prompt, None, params, None, waiting.arrival, None, None, None, external_req_id=waiting.request_id
         )
 
     def abort(self, request_ids: set[str]) -> None:
@@ -433,12 +438,41 @@ class _Waiting:
     tokens: list[int] = dataclasses.field(default_factory=list)
     best: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
     cached: int = 0
+    arrival: float = dataclasses.field(default_factory=time.time)
+    stats: object = None
 
     def finish(self) -> None:
         try:
             self.future.set_result(self.read(self))
         except Exception as error:
             self.future.set_exception(EngineError(f"vLLM's answer cannot be read: {error!r}"))
+
+
+class _Metrics:
+    """One step's part in vLLM's own metrics, which its front end would count."""
+
+    def __init__(self, engine, outputs):
+        from vllm.v1.metrics.stats import IterationStats
+
+        self.engine, self.outputs, self.stats = engine, outputs, IterationStats()
+
+    def note(self, output, waiting: _Waiting) -> None:
+        from vllm.v1.metrics.stats import RequestStateStats
+
+        lora = self.engine.output_processor.lora_states
+        first = not waiting.tokens
+        waiting.stats = waiting.stats or RequestStateStats(arrival_time=waiting.arrival)
+        self.stats.update_from_output(output, self.outputs.timestamp, first, waiting.stats, lora, None)
+        if output.finished:
+            self.stats.update_from_finished_request(
+                output.finish_reason, waiting.request_id, len(waiting.prompt), waiting.params.max_tokens, waiting.stats,
+                waiting.cached,
+            )  # fmt: skip
+
+    def record(self) -> None:
+        if self.outputs.scheduler_stats is not None:
+            stats = self.stats if self.outputs.outputs else None
+            self.engine.logger_manager.record(scheduler_stats=self.outputs.scheduler_stats, iteration_stats=stats)
 
 
 def _best(answer: _Waiting, count: int) -> Generated:

@@ -127,7 +127,7 @@ class SlateLoop:
             )  # fmt: skip
             # The item takes the request's time and has no action: its token is the item itself.
             with override_forward_context(create_forward_context(metadata, self.vllm_config)):
-                hidden = model(item, position.long())
+                hidden = model(item.int(), position.long())
         return torch.stack(items, 1), torch.stack(scores, 1)
 
     def capture(self, sizes: Sequence[int]) -> None:
