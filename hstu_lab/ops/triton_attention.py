@@ -202,23 +202,22 @@ def prepare_kernel(
                 tl.store(Lowest + (b * max_tiles + tile) * max_tiles_k + tiles, lowest + ((highest - lowest) << 8), mask=real)
                 # The keys of a tile come in order of time: where a row's bucket changes is a column, found by bisection.
                 crossed = tl.where(real & (slow == 0), highest - lowest, 0)
-                busiest = tl.reduce(crossed, 0, most)
-                if busiest > 0:
-                    word = tl.full((CHUNK, BLOCK_M), 0, tl.int32)
-                    for number in tl.static_range(0, LADDER):
-                        if busiest > number:
-                            inside = (crossed > number)[:, None]
-                            latest = q_time[None, :] - tl.load(Thresholds + lowest + number + 1)[:, None]
-                            passed = tl.full((CHUNK, BLOCK_M), 0, tl.int32)
+                for index in tl.static_range(0, CHUNK):
+                    boundaries = tl.reduce(tl.where(tiles == first + index, crossed, 0), 0, add)
+                    if boundaries > 0:
+                        bucket = tl.reduce(tl.where(tiles == first + index, lowest, 0), 0, add)
+                        keys = Times + start + (first + index) * BLOCK_N
+                        word = tl.full((BLOCK_M,), 0, tl.int32)
+                        for number in range(0, boundaries):
+                            latest = q_time + (first_time - tl.load(Thresholds + bucket + number + 1))
+                            passed = tl.full((BLOCK_M,), 0, tl.int32)
                             for halving in tl.static_range(1, BISECT + 1):
-                                where = base[:, None] + passed + ((BLOCK_N >> halving) - 1)
-                                k_at = tl.load(where, mask=inside, other=0) - first_time
+                                k_at = tl.load(keys + (passed + ((BLOCK_N >> halving) - 1)))
                                 passed += tl.where(k_at <= latest, BLOCK_N >> halving, 0)
-                            k_at = tl.load(base[:, None] + passed, mask=inside, other=0) - first_time
-                            passed += tl.where(k_at <= latest, 1, 0)
+                            passed += tl.where(tl.load(keys + passed) <= latest, 1, 0)
                             word += passed << (8 * number)
-                    to = Bounds + ((b * max_tiles + tile) * max_tiles_k + tiles[:, None]).to(tl.int64) * BLOCK_M
-                    tl.store(to + tl.arange(0, BLOCK_M)[None, :], word, mask=(crossed > 0)[:, None])
+                        to = Bounds + ((b * max_tiles + tile) * max_tiles_k + first + index).to(tl.int64) * BLOCK_M
+                        tl.store(to + tl.arange(0, BLOCK_M), word)
             tl.store(FastTiles + (b * max_tiles + tile) * PARTS + part, fast)
 
 
@@ -404,14 +403,22 @@ def attention_kernel(
         if HAS_TIME:
             q_time = tl.load(Relative + start + rows, mask=rows < length, other=0)
         for n0 in range(fast_end, key_end, BLOCK_S):
-            keys = n0 + near
+            # Columns counted from n0: from 0, the compiler would compare in 64 bits.
+            there = near < history - n0
             scores = tl.full((BLOCK_M, BLOCK_S), 0.0, tl.float32)
             if HAS_POSITION and not AFTER:
                 scores = position_pairs(p_rows, p_shift, p_near, n0, PLAIN)
             if HAS_TIME:
-                k_time = tl.load(Relative + start + keys, mask=keys < history, other=0)
+                k_time = tl.load(Relative + start + n0 + near, mask=there, other=0)
                 by_time = time_bias_of(tl.abs(q_time[:, None] - k_time[None, :]), lut, WIDE, PLAIN)
-            k = tl.load(k_tile + (start + n0) * k_row, mask=(keys[None, :] < history) & (dims[:, None] < D), other=0.0)
+            if D_PAD == D:
+                k = tl.load(k_tile + (start + n0) * k_row, mask=there[None, :], other=0.0)
+            else:
+                k = tl.load(k_tile + (start + n0) * k_row, mask=there[None, :] & (dims[:, None] < D), other=0.0)
+            if DV_PAD == DV:
+                v = tl.load(v_tile + (start + n0) * v_row, mask=there[:, None], other=0.0)
+            else:
+                v = tl.load(v_tile + (start + n0) * v_row, mask=there[:, None] & (value_dims[None, :] < DV), other=0.0)
             if HAS_POSITION:
                 # Without this ptxas finds the bias to be written into a product under way, and then runs every matrix
                 # instruction of the kernel one at a time (its warning C7515).
@@ -421,12 +428,11 @@ def attention_kernel(
                 half += position_pairs(p_rows, p_shift, p_near, n0, PLAIN)
             if HAS_TIME:
                 half += by_time
-            allowed = keys[None, :] <= last_key[:, None]
+            allowed = near[None, :] <= (last_key - n0)[:, None]
             if NUM_CONTEXT > 1:
-                allowed = allowed | ((position[:, None] < NUM_CONTEXT) & (keys[None, :] < least(NUM_CONTEXT, history)))
+                allowed = allowed | ((position[:, None] < NUM_CONTEXT) & (near[None, :] < least(NUM_CONTEXT, history) - n0))
             # SiLU(0) is 0; masking the weights instead would cost twice as much, on half-precision pairs.
             weights = silu_of_half(tl.where(allowed, half, 0.0), EXACT).to(q.dtype)
-            v = tl.load(v_tile + (start + n0) * v_row, mask=(keys[:, None] < history) & (value_dims[None, :] < DV), other=0.0)
             acc = tl.dot(weights, v, acc, input_precision=PRECISION)
 
         if HAS_CANDIDATES:  # noqa: SIM102
@@ -651,7 +657,7 @@ def attention_jagged(
             LADDER=tiles.ladder, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BISECT=tiles.block_n.bit_length() - 1,
             CHUNK=CHUNK, SCAN=1024,
             TABLE_BLOCK=512, WIDE=q.dtype == torch.float32,
-            PARTS=shared.parts,
+            PARTS=shared.parts, num_warps=max(1, tiles.block_m // 32),  # a row a thread
         )  # fmt: skip
     d_pad, dv_pad = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv))
     tma = tiles.tma and d == d_pad and dv == dv_pad and k.stride(1) == d and v.stride(1) == dv and use_tma(k, v)
