@@ -1,6 +1,6 @@
 """Measure the vLLM engine on the GPU that is here and write what was seen to data/measured/<device>/vllm_*.json.
 
-    python -m hstu_lab.vllm_bench [--out FOLDER] [--replicas 6] [--seconds 1.5]
+    python -m hstu_lab.vllm_bench [--out FOLDER] [--replicas 8] [--seconds 1.5]
 
 Weights are random (times do not depend on them) and made here; users and items are drawn from a seed. Every figure of an
 engine stands beside the null model's, whose forward pass does nothing: what is left is the host's share.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import cProfile
 import dataclasses
 import functools
@@ -394,6 +395,17 @@ def compile_kernels(first: int, total: int) -> None:
         job()
 
 
+def warm_up(engine: Engine) -> None:
+    """Compile what loads will need: Triton makes variants of a kernel for some numbers of rows, seconds each at first use."""
+    for in_flight in (100, 7, 1):
+        for history in (1024, 256, 512):
+            for task, warm in itertools.product(TASKS, (0.0, 0.9)):
+                cell = Cell(task, min(history, engine.config.max_history), warm)
+                users = Users(engine.config, cell, 16, in_flight)
+                fill(engine, cell, users)
+                closed_loop(engine, cell, users, in_flight, 0.15, ramp=0.0)
+
+
 def replica(
     connection, folder: pathlib.Path, options: EngineOptions, seed: int, count: int, warm_users: int, gpu: int | None = None
 ) -> None:
@@ -408,6 +420,8 @@ def replica(
             longest = min(512, engine.config.max_history)
             for task, k in TASKS.items():
                 getattr(engine, task)(random_histories(engine.config, 64, longest, seed), [[]] * 64, k)
+            if options.ops == "triton":
+                warm_up(engine)
             connection.send("ready")
             runs = itertools.count(1000 * seed)
             while (order := connection.recv()) is not None:
@@ -454,7 +468,7 @@ class Replicas:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def start(self, seconds: float = 150) -> None:
+    def start(self, seconds: float = 240) -> None:
         """Wait until the engines are up; go on with those that come up. Raises RuntimeError where none does."""
         up = [pipe for pipe in self.pipes if pipe.poll(seconds) and pipe.recv() == "ready"]
         print(f"{len(up)} of {len(self.pipes)} engines are up", flush=True)
@@ -507,9 +521,25 @@ class Replicas:
                 process.kill()
 
 
-def load(record: Record, group: Replicas, key: str, cells: list[Cell], seconds: float, out, half: bool = False) -> None:
-    """Requests/s of every cell to record.data["table"], and, with `half`, latencies at half of it under open-loop load."""
+def load(
+    record: Record,
+    group: Replicas,
+    key: str,
+    cells: list[Cell],
+    seconds: float,
+    out,
+    half: bool = False,
+    count: int | None = None,
+) -> None:
+    """Requests/s of every cell to record.data["table"], and, with `half`, latencies at half of it under open-loop load.
+
+    `count` of the replicas take part; None: all.
+    """
     table = record.data.setdefault("table", {})
+    if count is not None:
+        some = copy.copy(group)
+        some.pipes = group.pipes[:count]
+        return load(record, some, key, cells, seconds, out, half)
     for cell in cells:
         row = table.setdefault(str(cell), {})
         seen = row[key] = group.run(cell, seconds, rate=max(row["engines"]["requests/s"] / 2, 1) if half else None)
@@ -570,12 +600,17 @@ def run(folder: pathlib.Path, replicas: int, seconds: float, out: pathlib.Path |
             print(json.dumps(record.data, indent=1), flush=True)
     said("half the peak")
     load(loads, group, "half", telling, seconds, out, half=True)
+    said("the whole table")
     load(loads, group, "engines", others, seconds, out)
+    load(loads, group, "half", others, seconds, out, half=True)
+    said("fewer replicas")
+    for count in (1, 2, 3, 4):
+        if count < len(group.pipes):
+            load(loads, group, f"x{count}", [cell for cell in telling if not cell.warm], seconds, out, count=count)
     said("null")
     steps.measurements += group.tell("null")[0]
     measure.write_record(steps, out)
-    load(loads, group, "null", telling + others, seconds, out)
-    load(loads, group, "half", others, seconds, out, half=True)
+    load(loads, group, "null", telling + others, seconds / 2, out)
     said("done")
     group.close()
 
@@ -583,7 +618,7 @@ def run(folder: pathlib.Path, replicas: int, seconds: float, out: pathlib.Path |
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, default=None, help="folder for the records (default: data/measured)")
-    parser.add_argument("--replicas", type=int, default=6, help="engines on the GPU")
+    parser.add_argument("--replicas", type=int, default=8, help="engines on the GPU")
     parser.add_argument("--seconds", type=float, default=1.5, help="length of one load")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
