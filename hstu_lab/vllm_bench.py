@@ -565,10 +565,17 @@ def stack_process(connection) -> None:
         connection.send("failed")
 
 
-def run(folder: pathlib.Path, replicas: int, seconds: float, out: pathlib.Path | None, options: EngineOptions = OPTIONS) -> None:
+def run(
+    folder: pathlib.Path,
+    replicas: int,
+    seconds: float,
+    out: pathlib.Path | None,
+    note: str = "",
+    options: EngineOptions = OPTIONS,
+) -> None:
     """Everything, the most telling first, each record written as soon as there is something to write."""
     command = f"python -m hstu_lab.vllm_bench --replicas {replicas} --seconds {seconds}"
-    steps, loads = (Record.here(name, command=command) for name in ("vllm_step", "vllm_load"))
+    steps, loads = (Record.here(name, command=command, note=note) for name in ("vllm_step", "vllm_load"))
     loads.data |= {"replicas": replicas, "seconds": seconds, "options": dataclasses.asdict(options)}
     steps.data["options"] = dataclasses.asdict(options)
     context = multiprocessing.get_context("spawn")
@@ -595,6 +602,7 @@ def run(folder: pathlib.Path, replicas: int, seconds: float, out: pathlib.Path |
         if isinstance(record := pipe.recv(), Record):
             engine_seen, difference = group.tell("candidates", first_only=True)[0]
             record.measurements += engine_seen
+            record.note = note
             record.data["engine scores: cached against fresh, largest difference"] = difference
             measure.write_record(record, out)
             print(json.dumps(record.data, indent=1), flush=True)
@@ -620,10 +628,11 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=None, help="folder for the records (default: data/measured)")
     parser.add_argument("--replicas", type=int, default=8, help="engines on the GPU")
     parser.add_argument("--seconds", type=float, default=1.5, help="length of one load")
+    parser.add_argument("--note", default="", help="what readers of the records must know of this machine")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = random_checkpoint(serving_config(), pathlib.Path(temporary) / "gr-3b", torch.bfloat16)
-        run(folder, arguments.replicas, arguments.seconds, arguments.out)
+        run(folder, arguments.replicas, arguments.seconds, arguments.out, arguments.note)
 
 
 if __name__ == "__main__":

@@ -163,12 +163,14 @@ def answers(record: Record, engines: dict[str, Served], prompts: list[list[int]]
             print(f"{name:28s} {task:6s} lists equal: {equal} of {len(wanted)}", flush=True)
 
 
-def run(out: pathlib.Path | None, seconds: float, exact: EngineOptions = EXACT, options: EngineOptions = OPTIONS,
-        preset: str = "gr-3b", replicas: int = 4, dtype: torch.dtype = torch.bfloat16, history: int = 512) -> Record:  # fmt: skip
+def run(
+    out: pathlib.Path | None, seconds: float, exact: EngineOptions = EXACT, options: EngineOptions = OPTIONS,
+    preset: str = "gr-3b", replicas: int = 4, dtype: torch.dtype = torch.bfloat16, history: int = 512, note: str = "",
+) -> Record:  # fmt: skip
     """Answers first, then times; every part is independent of the others' failures."""
     from hstu_lab.vllm_bench import replica
 
-    record = Record.here("vllm_two_gpus", command=f"python -m hstu_lab.vllm_two_gpus --seconds {seconds}")
+    record = Record.here("vllm_two_gpus", command=f"python -m hstu_lab.vllm_two_gpus --seconds {seconds}", note=note)
     record.data |= {"options": dataclasses.asdict(options), "exact": dataclasses.asdict(exact), "replicas a GPU": replicas}
     parallel = functools.partial(dataclasses.replace, tensor_parallel_size=2)
     with tempfile.TemporaryDirectory() as temporary:
@@ -253,6 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, default=None, help="folder for the record (default: data/measured)")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of one load")
+    parser.add_argument("--note", default="", help="what readers of the record must know of this machine")
     parser.add_argument("--cpu", action="store_true", help="a tiny model without GPUs, to try this program; no record")
     arguments = parser.parse_args()
     if arguments.cpu:
@@ -261,7 +264,7 @@ def main() -> None:
     elif torch.cuda.device_count() < 2:
         raise SystemExit(f"{torch.cuda.device_count()} GPUs are visible: this needs two")
     else:
-        run(arguments.out, arguments.seconds)
+        run(arguments.out, arguments.seconds, note=arguments.note)
 
 
 if __name__ == "__main__":
