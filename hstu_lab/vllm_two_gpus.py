@@ -166,8 +166,12 @@ def answers(record: Record, engines: dict[str, Served], prompts: list[list[int]]
 def run(
     out: pathlib.Path | None, seconds: float, exact: EngineOptions = EXACT, options: EngineOptions = OPTIONS,
     preset: str = "gr-3b", replicas: int = 4, dtype: torch.dtype = torch.bfloat16, history: int = 512, note: str = "",
+    patience: float = 85,
 ) -> Record:  # fmt: skip
-    """Answers first, then times; every part is independent of the others' failures."""
+    """Answers first, then times; every part is independent of the others' failures.
+
+    Engines that are not up after `patience` seconds are left out.
+    """
     from hstu_lab.vllm_bench import replica
 
     record = Record.here("vllm_two_gpus", command=f"python -m hstu_lab.vllm_two_gpus --seconds {seconds}", note=note)
@@ -189,8 +193,10 @@ def run(
             "dp2": Served("data parallel 2", lambda: OneProcess(data_parallel, large, options, 2)),
             "replicas": Served("replicas", lambda: Replicas(2 * replicas, large, options, gpus=2)),
         }
+        deadline = time.time() + patience
         for served in (*same.values(), *timed.values()):
-            served.start(110)
+            served.start(max(deadline - time.time(), 0.1))
+        print(f"--- started within {time.time() - deadline + patience:.0f} s", flush=True)
         prompts = random_histories(config, 200, config.max_history // 2, 5)
         parts = {
             "answers": lambda: answers(record, same, prompts),
@@ -260,7 +266,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.cpu:
         with tempfile.TemporaryDirectory() as out:
-            run(pathlib.Path(out), arguments.seconds, CPU, CPU, "small", 1, torch.float32, 96)
+            run(pathlib.Path(out), arguments.seconds, CPU, CPU, "small", 1, torch.float32, 96, patience=400)
     elif torch.cuda.device_count() < 2:
         raise SystemExit(f"{torch.cuda.device_count()} GPUs are visible: this needs two")
     else:
