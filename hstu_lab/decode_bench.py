@@ -23,7 +23,7 @@ from hstu_lab.ops import reference
 from hstu_lab.tokens import level_seconds, unpack
 from hstu_lab.vllm_bench import candidates, serving_config
 
-CASES = ((1, 512), (8, 512), (16, 512), (32, 512), (64, 512), (8, 128), (8, 1024), (8, 2000))
+CASES = ((8, 512), (1, 512), (16, 512), (32, 512), (8, 128), (8, 1024), (8, 2000))
 """(requests, events that are cached of each) of the decode steps."""
 COMMAND = "python -m hstu_lab.decode_bench"
 
@@ -41,12 +41,13 @@ class Model:
     def random(cls, dtype: torch.dtype = torch.bfloat16) -> Model:
         torch.manual_seed(0)
         config = serving_config()
-        encoder, stack = EventEncoder(config), HSTUStack(config, ops.get("triton"))
-        for name, parameter in [*encoder.named_parameters(), *stack.named_parameters()]:
-            if "bias" in name or "down" in name:
-                nn.init.normal_(parameter, std=0.02)
-        items = torch.randn(config.num_items, config.d_model, device="cuda").to(dtype)
-        return cls(*(part.to(dtype).cuda().eval() for part in (encoder, stack)), items)
+        with torch.device("cuda"):
+            encoder, stack = EventEncoder(config), HSTUStack(config, ops.get("triton"))
+            for name, parameter in [*encoder.named_parameters(), *stack.named_parameters()]:
+                if "bias" in name or "down" in name:
+                    nn.init.normal_(parameter, std=0.02)
+            items = torch.randn(config.num_items, config.d_model).to(dtype)
+        return cls(*(part.to(dtype).eval() for part in (encoder, stack)), items)
 
 
 class DecodeStep:
@@ -104,7 +105,14 @@ class DecodeStep:
         )  # fmt: skip
         for layer, cache in zip(stack.layers, self.caches):
             x = decode_layer(x, layer, cache, self.slots, self.table, plan, divisor=self.config.max_seq_len)
-        return stack.ops.layer_norm(x, stack.final_norm.weight, stack.final_norm.bias, self.config.norm_eps)
+        return self._kept(stack.ops.layer_norm(x, stack.final_norm.weight, stack.final_norm.bias, self.config.norm_eps), gaps)
+
+    def _kept(self, hidden: Tensor, gaps: Tensor) -> Tensor:
+        """As in the engine, which keeps the hidden states of candidates: there are none, and it costs a launch."""
+        from hstu_lab.ops.triton_kv_write import keep_candidates
+
+        keep_candidates(hidden, gaps, self.slots, self.caches[-1])
+        return hidden
 
     def _read(self) -> tuple[Tensor, Tensor, Tensor]:
         item, action, level, _ = unpack(self.tokens, self.config)
@@ -130,7 +138,7 @@ class DecodeStep:
                 q, keys, values, *where, *listed, divisor=self.config.max_seq_len, history_lens=history, **known
             )  # fmt: skip
 
-        return self.model.stack(x, attend)
+        return self._kept(self.model.stack(x, attend), gaps)
 
     def exact(self) -> Tensor:
         """The same by the oracle's operators in float32."""

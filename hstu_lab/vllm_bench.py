@@ -250,43 +250,51 @@ class CachedUsers:
         self.times, self.steps = times, {}
         self.run(0, history)
 
-    def run(self, first: int, count: int, only_candidates: bool = False) -> Tensor:
-        """Hidden states (B, count, d_model) of the rows from `first` on; those behind the history are candidates.
-
-        A step of any mixture, as in the engine; or `only_candidates`, whose keys and values nobody reads from the cache.
-        """
-        from hstu_lab.ops.triton_candidates import attention_candidates, time_buckets
-        from hstu_lab.ops.triton_kv_write import write_kv
-        from hstu_lab.ops.triton_serving import attention_step, list_tiles
-
-        users = self.users
-        if (first, count) not in self.steps:  # an engine has these ready before the step
+    def step(self, first: int, count: int) -> tuple[Tensor, ...]:
+        """What an engine has ready before a step: its rows, slots, times, and the lengths of its sequences."""
+        if (first, count) not in self.steps:
             where = torch.arange(first, first + count, device="cuda")
             slots = (self.table[:, where // self.page].long() * self.page + where % self.page).flatten()
             times = self.times[:, first : first + count].flatten()
             self.slot_times.view(-1)[slots] = times
-            offsets = torch.arange(users + 1, device="cuda", dtype=torch.int32) * count
-            seq_lens = torch.full((users,), first + count, device="cuda", dtype=torch.int32)
-            self.steps[first, count] = slots, times, offsets, seq_lens, seq_lens.clamp(max=self.history)
-        slots, times, offsets, seq_lens, history = self.steps[first, count]
-        x, divisor = self.x[:, first : first + count].flatten(0, 1), self.stack.config.max_seq_len
-        step, listed = (self.table, offsets, seq_lens), []
+            offsets = torch.arange(self.users + 1, device="cuda", dtype=torch.int32) * count
+            lens = torch.full((self.users,), first + count, device="cuda", dtype=torch.int32)
+            rows = self.x[:, first : first + count].flatten(0, 1)
+            self.steps[first, count] = rows, slots, times, offsets, lens, lens.clamp(max=self.history)
+        return self.steps[first, count]
+
+    def run(self, first: int, count: int) -> Tensor:
+        """Hidden states (B, count, d_model) of the rows from `first` on; those behind the history are candidates.
+
+        As a step of any mixture, which is how the engine runs them.
+        """
+        from hstu_lab.ops.triton_kv_write import write_kv
+        from hstu_lab.ops.triton_serving import attention_step, list_tiles
+
+        x, slots, times, offsets, seq_lens, history = self.step(first, count)
+        where, listed, divisor = (self.table, offsets, seq_lens), [], self.stack.config.max_seq_len
 
         def attend(layer, q, k, v, bias):
-            keys, values = self.caches[layer].tensor_split(2, dim=-1)
-            if only_candidates:
-                if not listed:
-                    listed.append(time_buckets(bias, *step, history, times, self.slot_times))
-                return attention_candidates(
-                    q, keys, values, *step, history, *listed, divisor=divisor, bias=bias, own=(k, v), max_queries=count
-                )
             write_kv(k, v, self.caches[layer], slots)
+            keys, values = self.caches[layer].tensor_split(2, dim=-1)
             known = {"bias": bias, "query_times": times, "slot_times": self.slot_times}
             if not listed:
-                listed.append(list_tiles(*step, history, q, self.page, **known))
-            return attention_step(q, keys, values, *step, *listed, divisor=divisor, history_lens=history, **known)
+                listed.append(list_tiles(*where, history, q, self.page, **known))
+            return attention_step(q, keys, values, *where, *listed, divisor=divisor, history_lens=history, **known)
 
-        return self.stack(x, attend).unflatten(0, (users, count))
+        return self.stack(x, attend).unflatten(0, (self.users, count))
+
+    def score(self, first: int, count: int) -> Tensor:
+        """The same for rows that are all candidates: nothing of them is written to the cache, since nobody reads it."""
+        from hstu_lab.ops.triton_candidates import candidates_layer, time_buckets
+
+        x, _, times, offsets, seq_lens, history = self.step(first, count)
+        stack, where = self.stack, (self.table, offsets, seq_lens, history)
+        buckets = time_buckets(stack.layers[0].bias, *where, times, self.slot_times)
+        for layer, cache in zip(stack.layers, self.caches):
+            x = candidates_layer(x, layer, cache, *where, buckets, divisor=stack.config.max_seq_len, max_queries=count)
+        x = stack.ops.layer_norm(x, stack.final_norm.weight, stack.final_norm.bias, stack.config.norm_eps)
+        return x.unflatten(0, (self.users, count))
 
 
 def stack_candidates(record: Record, stack: HSTUStack, users: int, history: int, count: int, micro: int) -> dict[str, Callable]:
@@ -305,16 +313,15 @@ def stack_candidates(record: Record, stack: HSTUStack, users: int, history: int,
 
     one_pass, few = one_pass_of(count), one_pass_of(micro)
     expected = one_pass()[:, history:].float()
-    for only in (True, False):
-        got = cache.run(history, count, only).float()
-        kind = "candidates only" if only else "any mixture"
+    for way, run in (("candidates only", cache.score), ("any mixture", cache.run)):
+        got = run(history, count).float()
         error = ((got - expected).norm() / expected.norm()).item()
-        record.data[f"hidden states of {users} users: {kind} against one pass, relative error"] = error
+        record.data[f"hidden states of {users} users: {way} against one pass, relative error"] = error
     ways = {
         "one pass": one_pass,
-        "cached": lambda: cache.run(history, count, True),
+        "cached": lambda: cache.score(history, count),
         "cached, step of any mixture": lambda: cache.run(history, count),
-        f"cached, {micro} at a time": lambda: [cache.run(i, micro, True) for i in range(history, history + count, micro)],
+        f"cached, {micro} at a time": lambda: [cache.score(i, micro) for i in range(history, history + count, micro)],
         f"history again for each {micro}": lambda: [few() for _ in range(count // micro)],
     }
     for run in ways.values():
@@ -325,7 +332,8 @@ def stack_candidates(record: Record, stack: HSTUStack, users: int, history: int,
 @torch.inference_mode()
 def candidates(record: Record, ready: Callable[[], None] = lambda: None) -> None:
     """512 candidates after 1,024 events, the stack alone: GPU time of graph replays."""
-    stack = HSTUStack(serving_config(), ops.get("triton")).cuda().bfloat16().eval()
+    with torch.device("cuda"):
+        stack = HSTUStack(serving_config(), ops.get("triton")).bfloat16().eval()
     for name, parameter in stack.named_parameters():
         if "bias" in name:
             nn.init.normal_(parameter, std=0.02)

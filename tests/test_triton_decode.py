@@ -129,12 +129,13 @@ def test_a_block_that_another_request_fills_in_the_same_step():
 @torch.inference_mode()
 def test_layers_on_the_gpu(dtype):
     """Also that the result is the same every time, whatever the order in which programs end."""
-    for seed in range(24):
+    sizes = [(16, 64, 1024, 32), (4, 32, 512, 16), (3, 25, 50, 64), (8, 128, 1024, 16)]
+    for seed in range(12):
         draw = random.Random(seed)
-        heads, d, d_model = draw.choice([(2, 64, 256), (16, 64, 1024), (4, 32, 512), (3, 25, 50), (8, 128, 1024)])
+        heads, d, d_model, page = sizes[seed % 4]
         case = layer_case(
-            seed, heads=heads, d=d, d_model=d_model, page=draw.choice([16, 32, 64]), longest=draw.choice([60, 300, 1100]),
-            dtype=dtype, counts=draw.choice([None, None, [1, 1, 1, 1], [12, 0, 3, 1]]),
+            seed, heads=heads, d=d, d_model=d_model, page=page, longest=draw.choice([60, 300, 1100]), dtype=dtype,
+            counts=draw.choice([None, [1, 1, 1, 1], [12, 0, 3, 1]]),
         )  # fmt: skip
         check(case, LIMITS[dtype])
         (first, _), (second, _) = decoded(*case), decoded(*case)

@@ -6,6 +6,9 @@ import pytest
 import torch
 from triton_cases import BIASES, DEVICE, GPU, LIMITS, error, poison, random_bias, reference, triton_candidates, triton_serving
 
+from hstu_lab.config import preset
+from hstu_lab.model import HSTULayer
+
 
 def step_case(seed: int, dtype=torch.float32, heads=2, d=16, page=4, longest=48, padding=3, splits=None):
     """(got, expected) of a step of five requests, 0 to `longest` new tokens each, some ending in candidates."""
@@ -134,3 +137,36 @@ def test_candidates_on_the_gpu(dtype):
         page, d, longest = random.Random(seed).choice([(16, 64, 900), (64, 64, 300), (16, 128, 200), (32, 64, 1100)])
         tiles = None if seed % 2 or d > 64 or dtype == torch.float32 else triton_candidates.CandidateTiles(64, 128, splits=4)
         assert error(*candidates_case(seed, dtype, d=d, page=page, longest=longest, tiles=tiles)) <= LIMITS[dtype], seed
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16] if GPU else [torch.float32], ids=str)
+def test_a_layer_for_candidates_only(dtype):
+    """Against the model's layer over the oracle; the cache is not written."""
+    config = preset("tiny").replace(num_heads=3, d_qk=25, d_v=25, d_model=50)
+    layer, g = HSTULayer(config, 0), torch.Generator().manual_seed(1)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=g)
+    cache = torch.randn(12, 16, 3, 50, generator=g).to(dtype).to(DEVICE)
+    x = torch.randn(29, 50, generator=g).to(dtype).to(DEVICE)
+    layer, before = layer.to(dtype).to(DEVICE), cache.clone()
+    table = torch.randperm(12, generator=g).view(2, 6).int().to(DEVICE)
+    offsets, history = torch.tensor([0, 20, 29]).int().to(DEVICE), torch.tensor([37, 0]).int().to(DEVICE)
+    seq_lens = history + offsets.diff()
+    times = torch.tensor([5000, 9]).repeat_interleave(torch.tensor([20, 9])).to(DEVICE)
+    slot_times = torch.randint(0, 5000, (12, 16), generator=g).to(DEVICE)
+    buckets = triton_candidates.time_buckets(layer.bias, table, offsets, seq_lens, history, times, slot_times)
+    poison()
+    got = triton_candidates.candidates_layer(
+        x, layer, cache, table, offsets, seq_lens, history, buckets, divisor=64, max_queries=20
+    )
+    assert cache.equal(before)
+
+    def attend(_, q, k, v, bias):
+        keys, values = cache.float().split(25, dim=-1)
+        return reference.attention_paged(
+            q, keys, values, table, offsets, history, divisor=64, bias=bias, query_times=times, slot_times=slot_times,
+            candidates=(k, v),
+        )  # fmt: skip
+
+    assert error(got, layer.float()(x.float(), attend)) <= LIMITS[dtype]

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-pytestmark = [pytest.mark.timeout(150), pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")]
 
 SCRIPT = """
 import json, sys
@@ -16,10 +16,10 @@ from hstu_lab.vllm_engine import Engine, EngineOptions
 
 def answers(ops):
     options = EngineOptions(kv_cache_memory_bytes=8 << 20, max_num_seqs=4, ops=ops, prompt_embeds=False)
-    prompts = [list(range(100, 100 + n)) for n in (6, 15, 23)]
+    prompts = [list(range(100, 100 + n)) for n in (5, 20)]
     with Engine(sys.argv[1], options) as engine:
-        slates = engine.slate(prompts, [[7], [], []], 4)
-        scores = engine.score(prompts[2:], [list(range(1, 25))])
+        slates = engine.slate(prompts, [[7], []], 3)
+        scores = engine.score(prompts[1:], [list(range(1, 35))])
     return [g.items for g in slates], [g.logprobs for g in slates], scores[0].tolist()
 
 expected = answers("reference")
@@ -43,7 +43,7 @@ def test_the_engine_answers_the_same_on_the_kernels(tiny_checkpoint):
     run = subprocess.run([sys.executable, "-c", SCRIPT, tiny_checkpoint], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     expected, got, steps = json.loads(run.stdout.splitlines()[-1])
-    assert steps["small"] >= 3 * 2, "no small step was computed by the kernels for it"
+    assert steps["small"] >= 2 * 2, "no small step was computed by the kernels for it"
     assert steps["candidates"], "no tile of candidates was"
     assert got[0] == expected[0]
     for ours, theirs in zip(got[1], expected[1], strict=True):

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from hstu_lab.ops.reference import RelativeBias
 from hstu_lab.ops.triton_attention import bucket_of, bucket_tables
+from hstu_lab.ops.triton_linear import project_residual, project_silu
+from hstu_lab.ops.triton_memory import layer_norm
 from hstu_lab.ops.triton_paged import sum_splits_kernel
 from hstu_lab.ops.triton_runtime import add, check_dtype, interpreted, least, most, processors, silu_of_half
 
@@ -93,10 +95,10 @@ def candidates_kernel(
     position_head, time_head, table_row, buckets_row, tiles_m, total, splits, positions, half_scale, out_scale,
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, PLAIN: tl.constexpr,
-    HEADS: tl.constexpr, HAS_LIST: tl.constexpr, HAS_OWN: tl.constexpr,
+    HEADS: tl.constexpr, HAS_LIST: tl.constexpr, HAS_OWN: tl.constexpr, SELF: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M candidates of one (sequence, head) against a part of its history, the first part with themselves; Out is (splits,
-    total, heads, D)."""
+    """BLOCK_M candidates of one (sequence, head) against a part of its history, the first part with themselves if SELF; Out is
+    (splits, total, heads, D)."""
     head, split = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
     b = tl.program_id(1) // tiles_m
     m0 = tl.program_id(1) % tiles_m * BLOCK_M
@@ -169,22 +171,23 @@ def candidates_kernel(
             half = tl.dot(q, k, input_precision=PRECISION) * half_scale + bias[None, :]
             half = tl.where(there[None, :], half, 0.0)
             acc = tl.dot(silu_of_half(half, EXACT).to(q.dtype), v, acc, input_precision=PRECISION)
-        if split == 0:
-            if HAS_OWN:
-                k_own = tl.load(OwnKeys + token * own_k_row + head * own_k_head + dims[None, :], mask=real, other=0.0)
-                v_own = tl.load(OwnValues + token * own_v_row + head * own_v_head + dims[None, :], mask=real, other=0.0)
-            else:
-                own = tl.load(SeqLens + b).to(tl.int32) - count + rows
-                own_page = tl.load(table + own // PAGE, mask=rows < count, other=0).to(tl.int64)[:, None]
-                own = (own % PAGE)[:, None]
-                k_own = tl.load(keys_of_head + own_page * k_page + own * k_slot + dims[None, :], mask=real, other=0.0)
-                v_own = tl.load(values_of_head + own_page * v_page + own * v_slot + dims[None, :], mask=real, other=0.0)
-            half = tl.reduce(q.to(tl.float32) * k_own.to(tl.float32), 1, add) * half_scale
-            if HAS_POSITION:
-                half += 0.5 * tl.load(Position + head * position_head).to(tl.float32)
-            if HAS_TIME:
-                half += 0.5 * tl.load(TimeBias + head * time_head).to(tl.float32)
-            acc += silu_of_half(half, EXACT)[:, None] * v_own.to(tl.float32)
+        if SELF:  # noqa: SIM102 - a compile-time and a run-time condition
+            if split == 0:
+                if HAS_OWN:
+                    k_own = tl.load(OwnKeys + token * own_k_row + head * own_k_head + dims[None, :], mask=real, other=0.0)
+                    v_own = tl.load(OwnValues + token * own_v_row + head * own_v_head + dims[None, :], mask=real, other=0.0)
+                else:
+                    own = tl.load(SeqLens + b).to(tl.int32) - count + rows
+                    own_page = tl.load(table + own // PAGE, mask=rows < count, other=0).to(tl.int64)[:, None]
+                    own = (own % PAGE)[:, None]
+                    k_own = tl.load(keys_of_head + own_page * k_page + own * k_slot + dims[None, :], mask=real, other=0.0)
+                    v_own = tl.load(values_of_head + own_page * v_page + own * v_slot + dims[None, :], mask=real, other=0.0)
+                half = tl.reduce(q.to(tl.float32) * k_own.to(tl.float32), 1, add) * half_scale
+                if HAS_POSITION:
+                    half += 0.5 * tl.load(Position + head * position_head).to(tl.float32)
+                if HAS_TIME:
+                    half += 0.5 * tl.load(TimeBias + head * time_head).to(tl.float32)
+                acc += silu_of_half(half, EXACT)[:, None] * v_own.to(tl.float32)
         o_rows = Out + ((split.to(tl.int64) * total + token) * HEADS + head) * D + dims[None, :]
         tl.store(o_rows, (acc * out_scale).to(Out.dtype.element_ty), mask=real)
 
@@ -200,9 +203,9 @@ def default_tiles(like: Tensor) -> CandidateTiles:
         return CandidateTiles(64, 64 if d <= 128 else 32)
     programs = heads * triton.cdiv(total, 64)
     if programs > 2 * processors(like):
-        return CandidateTiles(128, 64)
+        return CandidateTiles(128, 64, num_stages=2)
     # One user's candidates do not fill the GPU; in small steps the parts of others would be added up with theirs.
-    return CandidateTiles(64, 128, splits=2 if total > 64 and programs <= processors(like) else 1)
+    return CandidateTiles(64, 128, num_stages=2, splits=2 if total > 64 and programs <= processors(like) else 1)
 
 
 def time_buckets(
@@ -241,31 +244,109 @@ def attention_candidates(
     candidates, which then need not be in the cache. buckets from `time_buckets`; other shapes as in `attention_paged`. Raises
     TypeError for dtypes that the kernel does not take.
     """
-    own_keys, own_values = own or (None, None)
-    check_dtype(q=q, key_cache=key_cache, value_cache=value_cache, **({} if own is None else {"own keys": own_keys}))
-    total, heads, d = q.shape
+    check_dtype(q=q, key_cache=key_cache, value_cache=value_cache, **({} if own is None else {"own keys": own[0]}))
+    total = len(q)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     tiles = tiles or default_tiles(q)
     tiles_m = triton.cdiv(max_queries or total, tiles.block_m)
     programs = len(history_lens) * tiles_m if tile_list is None else len(tile_list)
     if not programs:
         return out
-    position, time = (bias.position, bias.time) if bias else (None, None)
     parts = out if tiles.splits == 1 else torch.empty(tiles.splits, *out.shape, dtype=torch.float32, device=q.device)
-    candidates_kernel[(heads * tiles.splits, programs)](
-        q, key_cache, value_cache, own_keys, own_values, parts, block_table, query_offsets, seq_lens, history_lens, tile_list,
-        block_table if buckets is None else buckets, position, time, *q.stride()[:2], *key_cache.stride()[:3],
-        *value_cache.stride()[:3],
-        *(0 if own is None else stride for rows in (own or (q, q)) for stride in rows.stride()[:2]),
-        *(0 if part is None else part.stride(0) for part in (position, time)), block_table.stride(0),
-        0 if buckets is None else buckets.stride(0), tiles_m, total, tiles.splits,
-        0 if position is None else position.shape[1], 0.5 * d**-0.5, 1 / divisor,
-        D=d, D_PAD=max(16, triton.next_power_of_2(d)), PAGE=key_cache.shape[1], BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n, HAS_POSITION=position is not None, HAS_TIME=time is not None,
-        EXACT=q.dtype == torch.float32 or interpreted(), PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        PLAIN=interpreted(), HEADS=heads, HAS_LIST=tile_list is not None, HAS_OWN=own is not None,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    _attend(
+        q, key_cache, value_cache, block_table, query_offsets, seq_lens, history_lens, buckets, parts, tiles, programs, tiles_m,
+        divisor, bias, own, tile_list,
     )  # fmt: skip
     if tiles.splits > 1:
         sum_splits_kernel[(triton.cdiv(out.numel(), 1024),)](parts, out, out.numel(), tiles.splits, BLOCK=1024)
     return out
+
+
+def _attend(
+    q, key_cache, value_cache, block_table, query_offsets, seq_lens, history_lens, buckets, parts, tiles, programs, tiles_m,
+    divisor, bias, own, tile_list, itself: bool = True,
+) -> None:  # fmt: skip
+    total, heads, d = q.shape
+    own_keys, own_values = own or (None, None)
+    position, time = (bias.position, bias.time) if bias else (None, None)
+    candidates_kernel[(heads * tiles.splits, programs)](
+        q, key_cache, value_cache, own_keys, own_values, parts, block_table, query_offsets, seq_lens, history_lens, tile_list,
+        block_table if buckets is None else buckets, position, time, *q.stride()[:2], *key_cache.stride()[:3],
+        *value_cache.stride()[:3], *(0 if own is None else stride for rows in (own or (q, q)) for stride in rows.stride()[:2]),
+        *(0 if part is None else part.stride(0) for part in (position, time)), block_table.stride(0),
+        0 if buckets is None else buckets.stride(0), tiles_m, total, tiles.splits,
+        0 if position is None else position.shape[1], 0.5 * d**-0.5, 1 / divisor,
+        D=d, D_PAD=max(16, triton.next_power_of_2(d)), PAGE=key_cache.shape[1], BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+        HAS_POSITION=position is not None, HAS_TIME=time is not None, EXACT=q.dtype == torch.float32 or interpreted(),
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", PLAIN=interpreted(), HEADS=heads,
+        HAS_LIST=tile_list is not None, HAS_OWN=own is not None, SELF=itself, num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["total"])
+def combine_kernel(
+    Parts, Projected, NormWeight, NormBias, Position, TimeBias, Out, p_row, position_head, time_head, total, eps, half_scale,
+    out_scale, HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, SPLITS: tl.constexpr,
+    HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """One candidate: the parts of its attention added up, itself added, LN of that times U. Projected (T, [U, V, Q, K])."""
+    token = tl.program_id(0).to(tl.int64)
+    head, dim = tl.arange(0, HEADS_PAD), tl.arange(0, D_PAD)[None, :]
+    column = head[:, None] * D + dim
+    inside = (head < HEADS)[:, None] & (dim < D)
+    row = Projected + token * p_row + column
+    u = tl.load(row, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(row + HEADS * D, mask=inside, other=0.0).to(tl.float32)
+    q = tl.load(row + 2 * HEADS * D, mask=inside, other=0.0).to(tl.float32)
+    k = tl.load(row + 3 * HEADS * D, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(NormWeight + column, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(NormBias + column, mask=inside, other=0.0).to(tl.float32)
+    parts = Parts + token * HEADS * D + column
+    attended = tl.load(parts, mask=inside, other=0.0).to(tl.float32)
+    for split in tl.static_range(1, SPLITS):
+        attended += tl.load(parts + split * total.to(tl.int64) * HEADS * D, mask=inside, other=0.0).to(tl.float32)
+    half = tl.reduce(q * k, 1, add) * half_scale
+    if HAS_POSITION:
+        half += 0.5 * tl.load(Position + head * position_head, mask=head < HEADS, other=0.0).to(tl.float32)
+    if HAS_TIME:
+        half += 0.5 * tl.load(TimeBias + head * time_head, mask=head < HEADS, other=0.0).to(tl.float32)
+    attended += silu_of_half(half, EXACT)[:, None] * v * out_scale
+    mean = tl.reduce(tl.reduce(attended, 1, add), 0, add) / (HEADS * D)
+    centred = tl.where(inside, attended - mean, 0.0)
+    variance = tl.reduce(tl.reduce(centred * centred, 1, add), 0, add) / (HEADS * D)
+    y = (centred * (1 / tl.sqrt(variance + eps)) * weight + bias) * u
+    tl.store(Out + token * HEADS * D + column, y.to(Out.dtype.element_ty), mask=inside)
+
+
+def candidates_layer(
+    x: Tensor, layer, cache: Tensor, block_table: Tensor, query_offsets: Tensor, seq_lens: Tensor, history_lens: Tensor,
+    buckets: Tensor | None, *, divisor: float, max_queries: int | None = None, tiles: CandidateTiles | None = None,
+) -> Tensor:  # fmt: skip
+    """One HSTU layer for a step of candidates only: x (T, d_model) -> (T, d_model). Nothing is written to the cache.
+
+    layer: an `hstu_lab.model.HSTULayer` with d_qk = d_v = d; cache (blocks, block_size, H, 2 d), keys before values; the rest as
+    in `attention_candidates`.
+    """
+    heads, d, eps, total = layer.heads, layer.d_v, layer.eps, len(x)
+    projected = project_silu(layer_norm(x, layer.norm.weight, layer.norm.bias, eps), layer.uvqk.weight, layer.uvqk.bias)
+    q = projected[:, 2 * heads * d : 3 * heads * d].unflatten(1, (heads, d))
+    tiles = tiles or default_tiles(q)
+    whole = tiles.splits == 1
+    parts = torch.empty(tiles.splits, total, heads * d, dtype=x.dtype if whole else torch.float32, device=x.device)
+    tiles_m = triton.cdiv(max_queries or total, tiles.block_m)
+    keys, values = cache.tensor_split(2, dim=-1)
+    _attend(
+        q, keys, values, block_table, query_offsets, seq_lens, history_lens, buckets, parts, tiles, len(seq_lens) * tiles_m,
+        tiles_m, divisor, layer.bias, None, None, itself=False,
+    )  # fmt: skip
+    y = torch.empty(total, heads * d, dtype=x.dtype, device=x.device)
+    position, time = (layer.bias.position, layer.bias.time) if layer.bias else (None, None)
+    norm = layer.attention_norm
+    combine_kernel[(total,)](
+        parts, projected, norm.weight, norm.bias, position, time, y, projected.stride(0),
+        *(0 if part is None else part.stride(0) for part in (position, time)), total, eps, 0.5 * d**-0.5, 1 / divisor,
+        HEADS=heads, HEADS_PAD=triton.next_power_of_2(heads), D=d, D_PAD=triton.next_power_of_2(d), SPLITS=tiles.splits,
+        HAS_POSITION=position is not None, HAS_TIME=time is not None, EXACT=x.dtype == torch.float32 or interpreted(),
+    )  # fmt: skip
+    return project_residual(y, layer.out.weight, layer.out.bias, x)

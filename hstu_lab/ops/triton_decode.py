@@ -23,7 +23,7 @@ from hstu_lab.ops.reference import RelativeBias
 from hstu_lab.ops.triton_attention import bucket_of, bucket_tables
 from hstu_lab.ops.triton_runtime import add, capability, interpreted, least, most, processors, silu_of_half
 
-MOST_TOKENS = 16
+MOST_TOKENS = 32
 """Tokens of a step up to which its layers are computed here."""
 
 
@@ -31,13 +31,13 @@ MOST_TOKENS = 16
 class DecodeTiles:
     """Output columns of a program of each projection and its warps, keys of a tile of the attention, its warps and splits."""
 
-    enter: int = 32
+    enter: int = 16
     enter_warps: int = 4
-    keys: int = 64
+    keys: int = 128
     keys_warps: int = 4
-    splits: int = 4
-    leave: int = 16
-    leave_warps: int = 8
+    splits: int = 2
+    leave: int = 8
+    leave_warps: int = 4
     pdl: bool = True
 
 
@@ -252,7 +252,7 @@ def default_tiles(tokens: int, heads: int, like: Tensor) -> DecodeTiles:
     """Tiles for a step of `tokens` tokens, the fastest on an H200 among those tried."""
     if interpreted():
         return DecodeTiles(16, 2, 16, 4, 2, 16, 2, pdl=False)
-    splits = max(1, min(4 * processors(like) // (tokens * heads), 8))
+    splits = max(1, min(2 * processors(like) // (tokens * heads), 8))
     return DecodeTiles(splits=splits, pdl=capability(like) >= 90)
 
 
