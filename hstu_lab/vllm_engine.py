@@ -172,10 +172,12 @@ class Engine:
             from vllm.v1.engine.llm_engine import LLMEngine
 
             from hstu_lab.vllm_plugin import candidates
+            from hstu_lab.vllm_plugin.seen_items import SeenItems
         except ImportError as error:
             raise EngineError(f"vllm is not installed ({error}); run `make setup`, or `pip install vllm` with a GPU") from error
         self.config = load_config(checkpoint)
         self.micro_batch = micro_batch(self.config, options)
+        self._check_seen = SeenItems.validate_params
         self._last_token = self.config.token_limit + self.config.num_items + candidates.MARKS
         self.in_process = options.tensor_parallel_size == 1
         self._fused = options.fused_slates and options.tensor_parallel_size == 1
@@ -382,6 +384,7 @@ class Engine:
             return request
         if not prompt:
             raise ValueError("the prompt is empty")
+        self._check_seen(params)
         if min(prompt) < 0 or max(prompt) >= self._last_token:
             raise ValueError(f"tokens are from 0 to {self.config.token_limit - 1}")
         return EngineCoreRequest(
