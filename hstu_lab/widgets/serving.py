@@ -76,7 +76,7 @@ def replica_table(table: Mapping[str, Mapping[str, Mapping]], source: str, wante
         for row, rate in zip(rows, rates):
             left.annotate(f"{rate:,.0f}", (rate, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
         left.set_yticks(rows, cells)
-        left.set(xlabel=f"requests/s (dashed: {wanted:,.0f}; ticks: null model)", title="Peak, closed loop")
+        left.set(xlabel=f"requests/s (dashed: {wanted:,.0f})", title="Peak, closed loop")
         half = [table[cell].get("half", {}) for cell in cells]
         for name, colour in (("p99 s", WAITING), ("p50 s", DECODE)):
             seen = [(row, 1e3 * entry[name]) for row, entry in zip(rows, half) if entry.get(name) is not None]
