@@ -61,7 +61,7 @@ def serving_steps(steps: Sequence[Sequence[int]], milliseconds: Mapping[str, flo
 def replica_table(table: Mapping[str, Mapping[str, Mapping]], source: str, wanted: float = 4000) -> Figure:
     """Requests/s of engines that share a GPU: table is the record's {cell: {"engines": ..., "null": ..., "half": ...}}.
 
-    Left the peak (the null model's as a tick: what the host alone allows), right p50 and p99 at half of it, open loop.
+    Left the peak (the null model's, where measured, as a tick: what the host alone allows), right p50 and p99 at half of it.
     """
     cells = sorted(table, key=lambda cell: ("slate" in cell, int(cell.split("history=")[1].split()[0]), "warm" in cell))
     with matplotlib.rc_context(STYLE):
@@ -83,7 +83,7 @@ def replica_table(table: Mapping[str, Mapping[str, Mapping]], source: str, wante
             right.plot([x for _, x in seen], [row for row, _ in seen], "o", color=colour, label=name[:3])
         right.axvline(200, color="#444444", linestyle="--", linewidth=1)
         right.set_xscale("log")
-        right.set(xlabel="ms (dashed: 200)", title="Latency at half the peak, open loop")
+        right.set(xlabel="ms (dashed: 200)", title="At half the peak, open loop")
         right.invert_yaxis()
         right.legend(frameon=False, fontsize=9)
         for axes in (left, right):
