@@ -1,6 +1,6 @@
 """Measure the vLLM engine on the GPU that is here and write what was seen to data/measured/<device>/vllm_*.json.
 
-    python -m hstu_lab.vllm_bench [--out FOLDER] [--replicas 6] [--seconds 1.5]
+    python -m hstu_lab.vllm_bench [--out FOLDER] [--replicas 8] [--seconds 1.5]
 
 Weights are random (times do not depend on them) and made here; users and items are drawn from a seed. Every figure of an
 engine stands beside the null model's, whose forward pass does nothing: what is left is the host's share.
@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
+import cProfile
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import multiprocessing
+import os
 import pathlib
+import pstats
 import random
+import re
 import statistics
 import tempfile
 import time
@@ -36,7 +42,7 @@ from hstu_lab.vllm_load import TASKS, Cell, Users, closed_loop, fill, open_loop
 
 HISTORIES = (128, 256, 512, 1024)
 OPTIONS = EngineOptions(
-    kv_cache_memory_bytes=10 << 30, block_size=32, max_num_seqs=256, max_num_batched_tokens=8192, dtype="bfloat16", ops="triton",
+    kv_cache_memory_bytes=10 << 30, block_size=64, max_num_seqs=256, max_num_batched_tokens=16384, dtype="bfloat16", ops="triton",
     cuda_graphs="FULL", prompt_embeds=False, micro_batch=512,
 )  # fmt: skip
 
@@ -88,6 +94,25 @@ class NullModel:
         return self._logits.expand(len(hidden_states), -1).clone()
 
 
+class NullLoop:
+    """Stands for the loop that generates slates: the same items for all, at once."""
+
+    def __init__(self, loop):
+        self.count = loop.count
+        self._items = torch.arange(1, loop.count + 1, device=loop.nothing.device)
+        self._scores = torch.zeros(loop.count, device=loop.nothing.device)
+
+    def __call__(self, rows: Tensor, *_) -> tuple[Tensor, Tensor]:
+        return self._items.expand(len(rows), -1), self._scores.expand(len(rows), -1)
+
+
+def make_null(engine: Engine) -> None:
+    """From here on the engine schedules, samples and answers as ever, and computes nothing."""
+    runner = runner_of(engine)
+    runner.model = NullModel(runner.get_model())
+    runner.sampler.loop = NullLoop(runner.sampler.loop)
+
+
 def random_histories(config: ModelConfig, count: int, length: int, seed: int) -> list[list[int]]:
     users = Users(config, Cell("topk", length, 0.0), 1, seed)
     return [users._events(length) for _ in range(count)]
@@ -107,21 +132,14 @@ def seconds_of(run, repeats: int) -> tuple[float, ...]:
 
 def decode_steps(engine: Engine, batch: int, history: int, steps: int = 40) -> tuple[float, ...]:
     """Seconds of engine steps in which `batch` requests add one item each."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    core = engine.engine
-    for i, prompt in enumerate(random_histories(engine.config, batch, history, batch)):
-        params = SamplingParams(
-            temperature=0, max_tokens=steps + 6, logprobs=0, flat_logprobs=True, detokenize=False, ignore_eos=True,
-            extra_args={"seen": []}, output_kind=RequestOutputKind.FINAL_ONLY,
-        )  # fmt: skip
-        core.add_request(f"step-{batch}-{history}-{i}-{time.time_ns()}", {"prompt_token_ids": prompt}, params)
-    for _ in range(4):
-        core.step()
-    samples = seconds_of(core.step, steps)
-    while core.has_unfinished_requests():
-        core.step()
+    with engine.held():
+        for prompt in random_histories(engine.config, batch, history, batch):
+            engine.submit_steps(prompt, [], steps + 6)
+        for _ in range(4):
+            engine.turn()
+        samples = seconds_of(engine.turn, steps)
+        while engine.turn():
+            pass
     return samples
 
 
@@ -142,8 +160,9 @@ def graph_replays(engine: Engine) -> dict[int, tuple[float, ...]]:
     return found
 
 
-def step(engine: Engine, suffix: str = "") -> list[Measurement]:
+def step(engine: Engine, suffix: str = "", history: int = 512) -> list[Measurement]:
     """A decode step through the engine and as graph replay; a slate and a topk for one user alone."""
+    history = min(history, engine.config.max_history - 50)
     found = []
 
     def note(*measurement) -> None:
@@ -152,16 +171,66 @@ def step(engine: Engine, suffix: str = "") -> list[Measurement]:
 
     config = engine.config
     for batch in (1, 8, 64):
-        note(f"engine step B={batch} N=512{suffix}", decode_steps(engine, batch, 512))
-        if not suffix:  # the graph's inputs are those of the batch that ran last
+        note(f"engine step B={batch} N={history}{suffix}", decode_steps(engine, batch, history))
+        if not suffix and engine.in_process:  # the graph's inputs are those of the batch that ran last
             for size, replays in graph_replays(engine).items():
                 if size == batch:
-                    note(f"graph replay B={size} N=512", replays, 10, "cuda events")
-    for task, k in TASKS.items():
-        prompts = iter(random_histories(config, 30, 512, 3 if suffix else 4))
-        send = getattr(engine, task)
-        note(f"{task} alone N=512{suffix}", seconds_of(lambda: send([next(prompts)], [[]], k), 30))  # noqa: B023
+                    note(f"graph replay B={size} N={history}", replays, 10, "cuda events")
+    by_steps = "slate, an item a step,"
+    for turn, (task, k) in enumerate((TASKS | {by_steps: TASKS["slate"]}).items()):
+        prompts = iter(random_histories(config, 30, history, 2 * turn + bool(suffix)))
+        send = engine.submit_steps if task == by_steps else getattr(engine, f"submit_{task}")
+        note(f"{task} alone N={history}{suffix}", seconds_of(lambda: send(next(prompts), [], k).result(), 30))  # noqa: B023
     return found
+
+
+def host_profile(engine: Engine, run: Callable[[], object], rows: int = 30) -> str:
+    """cProfile of `run` in the engine's own thread as a table, the functions that cost most by themselves first."""
+    profile, text = cProfile.Profile(), io.StringIO()
+    profile.runcall(run)
+    pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(rows)
+    return re.sub(r"\n\s*\n", "\n", re.sub(r"\S*/", "", text.getvalue()))
+
+
+def device_profile(run: Callable[[], object], rows: int = 16) -> str:
+    """Kernels of `run` by their time on the GPU, as a table."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        run()
+        torch.cuda.synchronize()
+    events = sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in events)
+    lines = [f"{e.self_device_time_total:9.0f} us {e.count:5d} x {e.key[:90]}" for e in events[:rows]]
+    return "\n".join([f"{total:9.0f} us in all", *lines])
+
+
+def profiles(engine: Engine, batch: int = 8, history: int = 512, steps: int = 200) -> str:
+    """Where `steps` decode steps and 64 requests of either task spend the host's time, and the GPU's."""
+    parts, config = [], engine.config
+    parts += [f"--- host: {steps} decode steps B={batch} N={history}"]
+    parts += [host_profile(engine, lambda: decode_steps(engine, batch, history, steps))]
+    if next(runner_of(engine).get_model().parameters()).is_cuda:
+        parts += [f"--- GPU: 20 decode steps B={batch} N={history}"]
+        parts += [device_profile(lambda: decode_steps(engine, batch, history, 20))]
+    for task, k in TASKS.items():
+        prompts = random_histories(config, 64, history, 11)
+        send = getattr(engine, "submit_" + task)
+
+        def many() -> None:
+            # Without the engine's thread, so that the profiler sees both halves: adding requests and stepping.
+            for prompt in prompts:  # noqa: B023
+                send(prompt, [], k)  # noqa: B023
+            while engine.turn():
+                pass
+
+        parts += [f"--- host: 64 x {task} N={history}"]
+        with engine.held():
+            parts += [host_profile(engine, many)]
+            if next(runner_of(engine).get_model().parameters()).is_cuda:
+                prompts = random_histories(config, 64, history, 12)
+                parts += [f"--- GPU: 64 x {task} N={history}", device_profile(many)]
+    return "\n".join(parts)
 
 
 # ---- candidates
@@ -334,24 +403,49 @@ def compile_kernels(first: int, total: int) -> None:
         job()
 
 
-def replica(connection, folder: pathlib.Path, options: EngineOptions, seed: int, count: int, warm_users: int) -> None:
-    """One engine in a process of its own; does what it is told, when it is told."""
+def warm_up(engine: Engine) -> None:
+    """Compile what loads will need: Triton makes variants of a kernel for some numbers of rows, seconds each at first use."""
+    for in_flight in (100, 7, 1):
+        for history in (1024, 256, 512):
+            for task, warm in itertools.product(TASKS, (0.0, 0.9)):
+                cell = Cell(task, min(history, engine.config.max_history), warm)
+                users = Users(engine.config, cell, 16, in_flight)
+                fill(engine, cell, users)
+                closed_loop(engine, cell, users, in_flight, 0.15, ramp=0.0)
+
+
+def replica(
+    connection, folder: pathlib.Path, options: EngineOptions, seed: int, count: int, warm_users: int, gpu: int | None = None
+) -> None:
+    """One engine in a process of its own; does what it is told, when it is told. `gpu` counts those that are visible."""
     try:
+        if gpu is not None:  # before CUDA is first asked for
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible[gpu]
         if options.ops == "triton":
             compile_kernels(seed, count)
         with Engine(folder, options) as engine:
             longest = min(512, engine.config.max_history)
             for task, k in TASKS.items():
                 getattr(engine, task)(random_histories(engine.config, 64, longest, seed), [[]] * 64, k)
+            if options.ops == "triton":
+                warm_up(engine)
             connection.send("ready")
             runs = itertools.count(1000 * seed)
             while (order := connection.recv()) is not None:
-                if order == "step":
+                if isinstance(order, list):
+                    nothing = [[]] * len(order)
+                    connection.send(
+                        [[g.items for g in send(order, nothing, k)] for send, k in ((engine.topk, 20), (engine.slate, 10))]
+                    )
+                elif order == "step":
                     connection.send(step(engine))
+                elif order == "profiles":
+                    connection.send(profiles(engine))
                 elif order == "candidates":
                     connection.send(engine_candidates(engine))
                 elif order == "null":
-                    runner_of(engine).model = NullModel(runner_of(engine).get_model())
+                    make_null(engine)
                     connection.send(step(engine, " null") if seed == 0 else [])
                 else:
                     cell, rate, in_flight, seconds = order
@@ -369,19 +463,20 @@ def replica(connection, folder: pathlib.Path, options: EngineOptions, seed: int,
 
 
 class Replicas:
-    """Engines of one GPU, each in its own process, that start a load together."""
+    """Engines, each in its own process, that start a load together; on one GPU, or in turn on several."""
 
-    def __init__(self, count: int, folder: pathlib.Path, options: EngineOptions, warm_users: int = 64):
+    def __init__(self, count: int, folder: pathlib.Path, options: EngineOptions, warm_users: int = 64, gpus: int = 1):
         context = multiprocessing.get_context("spawn")
         self.pipes, self.processes = [], []
         for i in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=replica, args=(theirs, folder, options, i, count, warm_users), daemon=True)
+            arguments = theirs, folder, options, i, count, warm_users, i % gpus if gpus > 1 else None
+            process = context.Process(target=replica, args=arguments, daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def start(self, seconds: float = 150) -> None:
+    def start(self, seconds: float = 240) -> None:
         """Wait until the engines are up; go on with those that come up. Raises RuntimeError where none does."""
         up = [pipe for pipe in self.pipes if pipe.poll(seconds) and pipe.recv() == "ready"]
         print(f"{len(up)} of {len(self.pipes)} engines are up", flush=True)
@@ -434,9 +529,25 @@ class Replicas:
                 process.kill()
 
 
-def load(record: Record, group: Replicas, key: str, cells: list[Cell], seconds: float, out, half: bool = False) -> None:
-    """Requests/s of every cell to record.data["table"], and, with `half`, latencies at half of it under open-loop load."""
+def load(
+    record: Record,
+    group: Replicas,
+    key: str,
+    cells: list[Cell],
+    seconds: float,
+    out,
+    half: bool = False,
+    count: int | None = None,
+) -> None:
+    """Requests/s of every cell to record.data["table"], and, with `half`, latencies at half of it under open-loop load.
+
+    `count` of the replicas take part; None: all.
+    """
     table = record.data.setdefault("table", {})
+    if count is not None:
+        some = copy.copy(group)
+        some.pipes = group.pipes[:count]
+        return load(record, some, key, cells, seconds, out, half)
     for cell in cells:
         row = table.setdefault(str(cell), {})
         seen = row[key] = group.run(cell, seconds, rate=max(row["engines"]["requests/s"] / 2, 1) if half else None)
@@ -462,10 +573,17 @@ def stack_process(connection) -> None:
         connection.send("failed")
 
 
-def run(folder: pathlib.Path, replicas: int, seconds: float, out: pathlib.Path | None, options: EngineOptions = OPTIONS) -> None:
+def run(
+    folder: pathlib.Path,
+    replicas: int,
+    seconds: float,
+    out: pathlib.Path | None,
+    note: str = "",
+    options: EngineOptions = OPTIONS,
+) -> None:
     """Everything, the most telling first, each record written as soon as there is something to write."""
     command = f"python -m hstu_lab.vllm_bench --replicas {replicas} --seconds {seconds}"
-    steps, loads = (Record.here(name, command=command) for name in ("vllm_step", "vllm_load"))
+    steps, loads = (Record.here(name, command=command, note=note) for name in ("vllm_step", "vllm_load"))
     loads.data |= {"replicas": replicas, "seconds": seconds, "options": dataclasses.asdict(options)}
     steps.data["options"] = dataclasses.asdict(options)
     context = multiprocessing.get_context("spawn")
@@ -492,17 +610,23 @@ def run(folder: pathlib.Path, replicas: int, seconds: float, out: pathlib.Path |
         if isinstance(record := pipe.recv(), Record):
             engine_seen, difference = group.tell("candidates", first_only=True)[0]
             record.measurements += engine_seen
+            record.note = note
             record.data["engine scores: cached against fresh, largest difference"] = difference
             measure.write_record(record, out)
             print(json.dumps(record.data, indent=1), flush=True)
     said("half the peak")
     load(loads, group, "half", telling, seconds, out, half=True)
+    said("the whole table")
     load(loads, group, "engines", others, seconds, out)
+    load(loads, group, "half", others, seconds, out, half=True)
+    said("fewer replicas")
+    for count in (1, 2, 3, 4):
+        if count < len(group.pipes):
+            load(loads, group, f"x{count}", [cell for cell in telling if not cell.warm], seconds, out, count=count)
     said("null")
     steps.measurements += group.tell("null")[0]
     measure.write_record(steps, out)
-    load(loads, group, "null", telling + others, seconds, out)
-    load(loads, group, "half", others, seconds, out, half=True)
+    load(loads, group, "null", telling + others, seconds / 2, out)
     said("done")
     group.close()
 
@@ -510,12 +634,13 @@ def run(folder: pathlib.Path, replicas: int, seconds: float, out: pathlib.Path |
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, default=None, help="folder for the records (default: data/measured)")
-    parser.add_argument("--replicas", type=int, default=6, help="engines on the GPU")
+    parser.add_argument("--replicas", type=int, default=8, help="engines on the GPU")
     parser.add_argument("--seconds", type=float, default=1.5, help="length of one load")
+    parser.add_argument("--note", default="", help="what readers of the records must know of this machine")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = random_checkpoint(serving_config(), pathlib.Path(temporary) / "gr-3b", torch.bfloat16)
-        run(folder, arguments.replicas, arguments.seconds, arguments.out)
+        run(folder, arguments.replicas, arguments.seconds, arguments.out, arguments.note)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -17,12 +18,14 @@ import pathlib
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hstu_lab.config import TASKS
+from hstu_lab.config import TASKS, ModelConfig
 from hstu_lab.model import load_config
 
 ENVIRONMENT = {
@@ -66,9 +69,10 @@ class EngineError(RuntimeError):
 class EngineOptions:
     """How to run vLLM; see vLLM's engine arguments of the same names. kv_cache_memory_bytes sizes the paged cache.
 
-    `cuda_graphs` is NONE, FULL_DECODE_ONLY (steps in which every request adds one token are replayed) or FULL (all steps are,
-    whatever their mixture of prompts and single tokens). `prompt_embeds` lets prompts be tensors, which keeps the encoder out of
-    the graphs. `micro_batch` is the most candidates that one request of vLLM scores.
+    `cuda_graphs` is NONE, FULL_DECODE_ONLY (steps in which every request adds one token are replayed) or FULL (all steps of at
+    most `graph_tokens` are, whatever their mixture of prompts and single tokens). `prompt_embeds` lets prompts be tensors, which
+    keeps the encoder out of the graphs. `micro_batch` is the most candidates that one request of vLLM scores. `fused_slates`: the
+    device generates a whole slate in one step of the engine (one GPU; prompts of tokens); otherwise every item is a step.
     """
 
     kv_cache_memory_bytes: int = 256 << 20
@@ -83,6 +87,8 @@ class EngineOptions:
     prompt_embeds: bool = True
     tensor_parallel_size: int = 1
     micro_batch: int = 128
+    fused_slates: bool = True
+    graph_tokens: int = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +104,51 @@ def graph_sizes(most: int) -> list[int]:
     """Tokens of the steps that are captured as CUDA graphs, up to `most`; larger steps are padded by a quarter at worst."""
     steps = [1, 2, 4, 8, 12, 16, 24, 32, 48, *(quarter * 2**i for i in range(4, 20) for quarter in (4, 5, 6, 7)), most]
     return sorted({size for size in steps if size <= most})
+
+
+def loop_sizes(options: EngineOptions) -> list[int]:
+    """Requests for whose slates a CUDA graph is captured."""
+    if options.cuda_graphs == "NONE" or not options.fused_slates or options.tensor_parallel_size > 1:
+        return []
+    return [size for size in graph_sizes(options.max_num_seqs) if size.bit_count() <= 2]
+
+
+def micro_batch(config: ModelConfig, options: EngineOptions) -> int:
+    """Most candidates of one request of vLLM."""
+    most = min(options.micro_batch, (config.num_items - 1) // len(TASKS))
+    if options.enable_chunked_prefill:
+        return most
+    return max(min(most, options.max_num_batched_tokens - config.max_seq_len - 1), 0)  # a request must fit into one step
+
+
+def room(config: ModelConfig, options: EngineOptions) -> int:
+    """Most tokens of one request of vLLM: a history, and candidates behind a mark."""
+    most = micro_batch(config, options)
+    return config.max_seq_len + most + (most > 0)
+
+
+def engine_arguments(checkpoint: str | pathlib.Path, options: EngineOptions) -> dict:
+    """What vLLM's engine arguments, of its plain or asynchronous engine, must be for such a checkpoint. Registers the model."""
+    from hstu_lab.vllm_plugin import candidates, register, seen_items, slates
+
+    register()
+    arguments = dataclasses.asdict(options)
+    for own in ("micro_batch", "fused_slates"):
+        del arguments[own]
+    ops, embeds = arguments.pop("ops"), arguments.pop("prompt_embeds")
+    most, graphs = min(arguments.pop("graph_tokens"), options.max_num_batched_tokens), arguments.pop("cuda_graphs")
+    sizes = graph_sizes(most if graphs == "FULL" else options.max_num_seqs)
+    return arguments | {
+        "model": str(checkpoint), "skip_tokenizer_init": True, "max_logprobs": -1, "logprobs_mode": "processed_logprobs",
+        "max_model_len": room(load_config(checkpoint), options),
+        "logits_processors": [seen_items.SeenItems, candidates.TaskScores, slates.SlateRows],
+        "worker_extension_cls": "hstu_lab.vllm_plugin.sampling.WorkerExtension",
+        "additional_config": {"ops": ops}, "enable_prompt_embeds": embeds,
+        "compilation_config": {
+            "mode": 0, "cudagraph_mode": graphs, **({} if graphs == "NONE" else {"cudagraph_capture_sizes": sizes}),
+        },
+        "disable_log_stats": True, "use_tqdm_on_load": False, "seed": 0,
+    }  # fmt: skip
 
 
 class Engine:
@@ -119,43 +170,32 @@ class Engine:
             current_platform.simple_compile_backend = "eager"
             from vllm import EngineArgs
             from vllm.v1.engine.llm_engine import LLMEngine
+
+            from hstu_lab.vllm_plugin import candidates
+            from hstu_lab.vllm_plugin.seen_items import SeenItems
         except ImportError as error:
             raise EngineError(f"vllm is not installed ({error}); run `make setup`, or `pip install vllm` with a GPU") from error
-        from hstu_lab.vllm_plugin import register
-        from hstu_lab.vllm_plugin.candidates import TaskScores
-        from hstu_lab.vllm_plugin.seen_items import SeenItems
-
-        register()
         self.config = load_config(checkpoint)
-        arguments = dataclasses.asdict(options)
-        self.micro_batch = min(arguments.pop("micro_batch"), (self.config.num_items - 1) // len(TASKS))
-        if not options.enable_chunked_prefill:  # then a request must fit into one step
-            self.micro_batch = max(min(self.micro_batch, options.max_num_batched_tokens - self.config.max_seq_len - 1), 0)
-        arguments["additional_config"] = {"ops": arguments.pop("ops")}
-        arguments["enable_prompt_embeds"] = arguments.pop("prompt_embeds")
-        sizes = graph_sizes(options.max_num_batched_tokens if options.cuda_graphs == "FULL" else options.max_num_seqs)
-        graphs = arguments.pop("cuda_graphs")
-        arguments["compilation_config"] = {
-            "mode": 0, "cudagraph_mode": graphs, **({} if graphs == "NONE" else {"cudagraph_capture_sizes": sizes}),
-        }  # fmt: skip
+        self.micro_batch = micro_batch(self.config, options)
+        self._check_seen = SeenItems.validate_params
+        self._last_token = self.config.token_limit + self.config.num_items + candidates.MARKS
+        self.in_process = options.tensor_parallel_size == 1
+        self._fused = options.fused_slates and options.tensor_parallel_size == 1
+        self._room = room(self.config, options)
+        self._step_tokens = self._room if options.enable_chunked_prefill else options.max_num_batched_tokens
         # vLLM wants a stdout with a file number; Jupyter's has none.
         global _open_engines
         with _STEP, contextlib.redirect_stdout(sys.__stdout__), _quiet():
-            self.engine = LLMEngine.from_engine_args(
-                EngineArgs(
-                    model=str(checkpoint), skip_tokenizer_init=True, max_logprobs=-1, logprobs_mode="processed_logprobs",
-                    max_model_len=self.config.max_seq_len + self.micro_batch + (self.micro_batch > 0),
-                    logits_processors=[SeenItems, TaskScores],
-                    disable_log_stats=True, use_tqdm_on_load=False, seed=0, **memory, **arguments,
-                )
-            )  # fmt: skip
+            self.engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(checkpoint, options), **memory))
             _open_engines += 1
+            self.engine.collective_rpc("use_recommendation_sampler", args=(loop_sizes(options),))
         self._ids = itertools.count()
         self._wake = threading.Condition()
-        self._incoming: list[tuple[str, dict, object, concurrent.futures.Future]] = []
-        self._waiting: dict[str, concurrent.futures.Future] = {}
+        self._incoming: list[_Waiting] = []
+        self._waiting: dict[str, _Waiting] = {}
         self._aborted: set[str] = set()
-        self._closed = False
+        self._turns = threading.Lock()
+        self._closed = self._held = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="vllm-engine", daemon=True)
         self._thread.start()
@@ -171,10 +211,22 @@ class Engine:
         return self._collect([self.submit_slate(p, s, n) for p, s in zip(prompts, seen, strict=True)])
 
     def submit_topk(self, prompt, seen: list[int], k: int) -> concurrent.futures.Future[Generated]:
-        return self._submit(prompt, seen, max_tokens=1, logprobs=k, keep=k)
+        return self._submit(prompt, seen, 1, k, functools.partial(_best, count=k))
 
     def submit_slate(self, prompt, seen: list[int], n: int) -> concurrent.futures.Future[Generated]:
-        return self._submit(prompt, seen, max_tokens=n, logprobs=0, keep=None)
+        size = self.config.slate_size
+        fits = len(prompt) + size <= min(self.config.max_seq_len + 1, self._room - 1, self._step_tokens)
+        if not (self._fused and fits and 0 < n <= size) or isinstance(prompt, Tensor):
+            return self.submit_steps(prompt, seen, n)
+        from hstu_lab.vllm_plugin import slates
+
+        number = next(self._ids)
+        params = self._params(1, size - 1, slate=len(prompt), seen=self._missing(prompt, seen))
+        return self._enqueue(number, slates.prompt(prompt, number, self.config), params, functools.partial(_slate, count=n))
+
+    def submit_steps(self, prompt, seen: list[int], n: int) -> concurrent.futures.Future[Generated]:
+        """`submit_slate` with one step of the engine an item, whatever the options say."""
+        return self._submit(prompt, seen, n, 0, _slate_of_steps)
 
     def score(self, prompts: list[list[int]], candidates: list[list[int]]) -> list[Tensor]:
         """Task probabilities (C, 3) of each prompt's candidate items; only what is not cached of the prompt is computed."""
@@ -190,55 +242,53 @@ class Engine:
         return _joined([self._submit_part(prompt, part) for part in _parts(list(candidates), self.micro_batch)])
 
     def _submit_part(self, prompt: list[int], items: list[int]) -> concurrent.futures.Future[Tensor]:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         from hstu_lab.vllm_plugin import candidates
 
         if isinstance(prompt, Tensor) or not all(0 <= item < self.config.num_items for item in items):
             raise EngineError(f"candidates are table rows from 0 to {self.config.num_items - 1} after a prompt of tokens")
-        params = SamplingParams(
-            temperature=0, max_tokens=1, logprobs=candidates.columns(len(items)), flat_logprobs=True, detokenize=False,
-            ignore_eos=True, extra_args={"candidates": len(items)}, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True,
-        )  # fmt: skip
         number = next(self._ids)
-        body = {"prompt_token_ids": candidates.prompt(prompt, items, number, self.config)}
-        return self._enqueue(number, body, params, lambda output: _scores(output, len(items)))
+        body = candidates.prompt(prompt, items, number, self.config)
+        params = self._params(1, candidates.columns(len(items)), candidates=len(items))
+        return self._enqueue(number, body, params, functools.partial(_scores, count=len(items)))
 
-    def _submit(self, prompt, seen, max_tokens: int, logprobs: int, keep: int | None) -> concurrent.futures.Future[Generated]:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        missing = sorted(set(seen).difference(self._items(prompt)))
-        params = SamplingParams(
-            temperature=0, max_tokens=max_tokens, logprobs=logprobs, flat_logprobs=True, detokenize=False, ignore_eos=True,
-            extra_args={"seen": missing}, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True,
-        )  # fmt: skip
-        body = {"prompt_embeds": prompt} if isinstance(prompt, Tensor) else {"prompt_token_ids": list(prompt)}
+    def _submit(self, prompt, seen, max_tokens: int, logprobs: int, read: Callable) -> concurrent.futures.Future[Generated]:
         room = self.config.max_seq_len - max_tokens + 1
         if len(prompt) > room:
             raise EngineError(f"vLLM refused the request: its prompt has {len(prompt)} tokens, at most {room} fit; shorten it")
-        return self._enqueue(next(self._ids), body, params, lambda output: _generated(output, keep))
+        params = self._params(max_tokens, logprobs, seen=self._missing(prompt, seen))
+        return self._enqueue(next(self._ids), prompt if isinstance(prompt, Tensor) else list(prompt), params, read)
 
-    def _enqueue(self, number: int, body: dict, params, read: Callable) -> concurrent.futures.Future:
+    def _missing(self, prompt, seen: list[int]) -> list[int]:
+        """Of the items seen, those that are not in the prompt: the engine masks these by itself."""
+        return sorted(set(seen).difference(self._items(prompt))) if seen else []
+
+    @staticmethod
+    def _params(max_tokens: int, logprobs: int, **extra):
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            temperature=0, max_tokens=max_tokens, logprobs=logprobs, flat_logprobs=True, detokenize=False, ignore_eos=True,
+            extra_args=extra, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True,
+        )  # fmt: skip
+
+    def _enqueue(self, number: int, prompt: list[int] | Tensor, params, read: Callable) -> concurrent.futures.Future:
         """A future of what `read` makes of vLLM's output."""
-        outer: concurrent.futures.Future = concurrent.futures.Future()
-        inner: concurrent.futures.Future = concurrent.futures.Future()
-        inner.add_done_callback(lambda done: _finish(done, outer, read))
+        waiting = _Waiting(f"request-{number}", prompt, params, read, concurrent.futures.Future())
         with self._wake:
             if self._closed or self._failure:
                 raise EngineError(f"the vLLM engine is not running ({self._failure or 'closed'}); make a new one")
-            self._incoming.append((f"request-{number}", body, params, inner))
+            self._incoming.append(waiting)
             self._wake.notify()
-        return outer
+        return waiting.future
 
     def _items(self, prompt) -> list[int]:
-        """Items of a prompt, which the engine masks by itself."""
         if isinstance(prompt, Tensor):
             from hstu_lab.vllm_plugin.modeling import detach_token
 
             return detach_token(prompt)[2].tolist()
-        return [token % self.config.num_items for token in prompt if token < self.config.user_token_base]
+        base, items = self.config.user_token_base, self.config.num_items
+        return [token % items for token in prompt if token < base]
 
     @staticmethod
     def _collect(futures: list[concurrent.futures.Future[Generated]]) -> list[Generated]:
@@ -249,44 +299,97 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not (self._incoming or self._waiting or self._closed):
+                while not ((self._incoming or self._waiting or self._closed) and not self._held):
                     self._wake.wait()
                 if self._closed:
                     break
-                incoming, self._incoming = self._incoming, []
-                aborted, self._aborted = self._aborted, set()
             try:
-                incoming = [entry for entry in incoming if entry[0] not in aborted]
-                if gone := [request_id for request_id in aborted if self._waiting.pop(request_id, None)]:
-                    self.engine.abort_request(gone)
-                if not (incoming or self._waiting):
-                    continue
-                for request_id, body, params, future in incoming:
-                    self._add(request_id, body, params, future)
-                with _STEP:
-                    outputs = self.engine.step()
-                for output in outputs:
-                    if output.finished:
-                        self._waiting.pop(output.request_id).set_result(output)
+                with self._turns:
+                    self.turn()
             except Exception as error:  # the engine is gone: everybody who waits must hear of it
                 with self._wake:
                     self._failure = error
                     left, self._incoming = self._incoming, []
-                for future in (*self._waiting.values(), *(entry[3] for entry in left)):
-                    if not future.done():
-                        future.set_exception(EngineError(f"the vLLM engine stopped: {error}"))
+                for waiting in (*self._waiting.values(), *left):
+                    if not waiting.future.done():
+                        waiting.future.set_exception(EngineError(f"the vLLM engine stopped: {error}"))
                 self._waiting.clear()
                 return
-        for future in (*self._waiting.values(), *(entry[3] for entry in self._incoming)):
-            future.set_exception(EngineError("the vLLM engine was closed before the request was answered"))
+        for waiting in (*self._waiting.values(), *self._incoming):
+            waiting.future.set_exception(EngineError("the vLLM engine was closed before the request was answered"))
 
-    def _add(self, request_id: str, body: dict, params, future: concurrent.futures.Future) -> None:
+    def turn(self) -> bool:
+        """Hand new requests to vLLM, let it make one step and answer what is finished; False when nobody waits."""
+        with self._wake:
+            incoming, self._incoming = self._incoming, []
+            aborted, self._aborted = self._aborted, set()
+        if gone := [request_id for request_id in aborted if self._waiting.pop(request_id, None)]:
+            self.engine.engine_core.abort_requests(gone)
+        for waiting in incoming:
+            if waiting.request_id not in aborted:
+                self._add(waiting)
+        if not self._waiting:
+            return False
+        # The core itself: vLLM's front end, one request's lists of Python objects after another, costs as much as the step.
+        with _STEP:
+            outputs = self.engine.engine_core.get_output()
+        metrics = None if self.engine.logger_manager is None else _Metrics(self.engine, outputs)
+        for output in outputs.outputs:
+            if (waiting := self._waiting.get(output.request_id)) is None:
+                continue
+            if metrics:
+                metrics.note(output, waiting)
+            if output.prefill_stats is not None:
+                waiting.cached = output.prefill_stats.num_cached_tokens
+            waiting.tokens += output.new_token_ids
+            if output.new_logprobs is not None:
+                waiting.best.append(output.new_logprobs[:2])
+            if output.finished:
+                del self._waiting[output.request_id]
+                waiting.finish()
+        if metrics:
+            metrics.record()
+        return True
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, the engine's own thread rests and the caller makes the turns."""
+        with self._wake:
+            self._held = True
         try:
-            self.engine.add_request(request_id, body, params)
+            with self._turns:
+                yield
+        finally:
+            with self._wake:
+                self._held = False
+                self._wake.notify()
+
+    def _add(self, waiting: _Waiting) -> None:
+        try:
+            self.engine.engine_core.add_request(self._request(waiting))
         except Exception as error:  # whatever its type, it is about this request: the others go on
-            future.set_exception(EngineError(f"vLLM refused the request: {error}"))
+            waiting.future.set_exception(EngineError(f"vLLM refused the request: {error}"))
         else:
-            self._waiting[request_id] = future
+            self._waiting[waiting.request_id] = waiting
+
+    def _request(self, waiting: _Waiting):
+        """vLLM's form of the request, of which its own front end would check and copy much that is known here."""
+        from vllm.v1.engine import EngineCoreRequest
+
+        prompt, params = waiting.prompt, waiting.params
+        if isinstance(prompt, Tensor):
+            tasks = self.engine.get_supported_tasks()
+            request = self.engine.input_processor.process_inputs(waiting.request_id, {"prompt_embeds": prompt}, params, tasks)
+            request.external_req_id = waiting.request_id
+            return request
+        if not prompt:
+            raise ValueError("the prompt is empty")
+        self._check_seen(params)
+        if min(prompt) < 0 or max(prompt) >= self._last_token:
+            raise ValueError(f"tokens are from 0 to {self.config.token_limit - 1}")
+        return EngineCoreRequest(
+            waiting.request_id, prompt, None, params, None, waiting.arrival, None, None, None, external_req_id=waiting.request_id
+        )
 
     def abort(self, request_ids: set[str]) -> None:
         """Stop working on the requests that vLLM knows by these ids and free their blocks; their futures stay unanswered."""
@@ -323,36 +426,85 @@ class Engine:
         self.close()
 
 
-def _finish(done: concurrent.futures.Future, outer: concurrent.futures.Future, read: Callable) -> None:
-    if error := done.exception():
-        outer.set_exception(error)
-        return
-    try:
-        outer.set_result(read(done.result()))
-    except Exception as error:
-        outer.set_exception(EngineError(f"vLLM's answer cannot be read: {error!r}"))
+@dataclasses.dataclass
+class _Waiting:
+    """A request on its way: what vLLM said of it so far, and who waits for what `read` makes of it.
+
+    `best` holds, for every token, the ids and log-probabilities that came with it, the token's own first.
+    """
+
+    request_id: str
+    prompt: list[int] | Tensor
+    params: object
+    read: Callable[[_Waiting], object]
+    future: concurrent.futures.Future
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    best: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
+    cached: int = 0
+    arrival: float = dataclasses.field(default_factory=time.time)
+    stats: object = None
+
+    def finish(self) -> None:
+        try:
+            self.future.set_result(self.read(self))
+        except Exception as error:
+            self.future.set_exception(EngineError(f"vLLM's answer cannot be read: {error!r}"))
 
 
-def _generated(output, keep: int | None) -> Generated:
-    completion = output.outputs[0]
-    flat = completion.logprobs
-    if keep is None:
-        starts = list(flat.start_indices)
-        scores = list(itertools.takewhile(math.isfinite, (flat.logprobs[i] for i in starts)))  # all seen: nothing is left
-        items = list(completion.token_ids)[: len(scores)]
-    else:
-        # The token that was sampled comes first and then again among the best: a dict keeps one of them.
-        best = dict(zip(flat.token_ids[: keep + 1], flat.logprobs[: keep + 1]))
-        ranked = sorted(((-score, item) for item, score in best.items() if score != -float("inf")))[:keep]
-        items, scores = [item for _, item in ranked], [-score for score, _ in ranked]
-    return Generated(items, scores, output.num_cached_tokens or 0)
+class _Metrics:
+    """One step's part in vLLM's own metrics, which its front end would count."""
+
+    def __init__(self, engine, outputs):
+        from vllm.v1.metrics.stats import IterationStats
+
+        self.engine, self.outputs, self.stats = engine, outputs, IterationStats()
+
+    def note(self, output, waiting: _Waiting) -> None:
+        from vllm.v1.metrics.stats import RequestStateStats
+
+        lora = self.engine.output_processor.lora_states
+        first = not waiting.tokens
+        waiting.stats = waiting.stats or RequestStateStats(arrival_time=waiting.arrival)
+        self.stats.update_from_output(output, self.outputs.timestamp, first, waiting.stats, lora, None)
+        if output.finished:
+            self.stats.update_from_finished_request(
+                output.finish_reason, waiting.request_id, len(waiting.prompt), waiting.params.max_tokens, waiting.stats,
+                waiting.cached,
+            )  # fmt: skip
+
+    def record(self) -> None:
+        if self.outputs.scheduler_stats is not None:
+            stats = self.stats if self.outputs.outputs else None
+            self.engine.logger_manager.record(scheduler_stats=self.outputs.scheduler_stats, iteration_stats=stats)
 
 
-def _scores(output, count: int) -> Tensor:
+def _best(answer: _Waiting, count: int) -> Generated:
+    """The best items, best first, ties by lower id; the token that was sampled comes first and then again among them."""
+    ids, scores = (rows[0][: count + 1] for rows in answer.best[0])
+    ids, first = np.unique(ids, return_index=True)
+    scores = scores[first]
+    order = np.lexsort((ids, -scores))[:count]
+    order = order[scores[order] > -np.inf]
+    return Generated(ids[order].tolist(), scores[order].tolist(), answer.cached)
+
+
+def _slate(answer: _Waiting, count: int) -> Generated:
+    ids, scores = (rows[0][:count].tolist() for rows in answer.best[0])
+    scores = list(itertools.takewhile(math.isfinite, scores))  # all seen: nothing is left
+    return Generated(ids[: len(scores)], scores, answer.cached)
+
+
+def _slate_of_steps(answer: _Waiting) -> Generated:
+    scores = list(itertools.takewhile(math.isfinite, (float(scores[0, 0]) for _, scores in answer.best)))
+    return Generated(answer.tokens[: len(scores)], scores, answer.cached)
+
+
+def _scores(answer: _Waiting, count: int) -> Tensor:
     """Probabilities (count, 3) from the log-probabilities of what `TaskScores` wrote: differences to the zero behind them."""
-    flat, entries = output.outputs[0].logprobs, count * len(TASKS) + 1
+    entries = count * len(TASKS) + 1
+    ids, scores = (torch.from_numpy(rows[0][: entries + 1]) for rows in answer.best[0])
     row = torch.full((entries,), torch.nan)
-    row[torch.tensor(flat.token_ids[: entries + 1])] = torch.tensor(flat.logprobs[: entries + 1])
+    row[ids.long()] = scores
     return (row[:-1] - row[-1]).view(count, len(TASKS)).sigmoid()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import random
 import threading
 import time
@@ -75,10 +76,9 @@ def fill(engine, cell: Cell, users: Users) -> None:
 
 
 def closed_loop(engine, cell: Cell, users: Users, in_flight: int, seconds: float, ramp: float = 0.5) -> Outcome:
-    """Keep `in_flight` requests in the engine; count those that finish between `ramp` and `ramp` + `seconds`."""
+    """Keep `in_flight` requests in the engine. Once all are there, count those that finish in the `seconds` after `ramp`."""
     latencies, shares, finished = [], [], threading.Event()
-    begin = time.perf_counter() + ramp
-    end = begin + seconds
+    begin = end = math.inf
     left = [in_flight]
 
     def send() -> None:
@@ -99,6 +99,9 @@ def closed_loop(engine, cell: Cell, users: Users, in_flight: int, seconds: float
 
     for _ in range(in_flight):
         send()
+    # Not before: on a busy machine the first may have come back before the last is sent.
+    begin = time.perf_counter() + ramp
+    end = begin + seconds
     finished.wait()
     return Outcome(seconds, latencies, sum(shares) / max(len(shares), 1))
 

@@ -1,6 +1,8 @@
 """The load driver against the real engine: what is in flight, what is cached, what a latency counts from."""
 
 import itertools
+import threading
+import time
 
 import pytest
 
@@ -42,11 +44,31 @@ def test_a_closed_loop_keeps_its_number_in_flight(engine, monkeypatch, warm):
         return future
 
     monkeypatch.setattr("hstu_lab.vllm_load.submit", counting)
-    outcome = closed_loop(engine, cell, users, in_flight=6, seconds=0.3, ramp=0.1)
+    outcome = closed_loop(engine, cell, users, in_flight=6, seconds=1, ramp=0.1)
     assert most[0] == 6
     assert now[0] == 0
     assert outcome.latencies
     assert outcome.cached == pytest.approx(32 / 40 if warm else 0, abs=0.01)
+
+
+def test_a_caller_that_stands_still_fills_the_loop_all_the_same(engine, monkeypatch):
+    """On a busy machine the first requests come back many times before the last is sent: only then does the clock start."""
+    cell, sent, me = Cell("slate", 40, 0.0), [0], threading.current_thread()
+    now, most = [0], [0]
+
+    def counting(engine, cell, prompt):
+        if threading.current_thread() is me:
+            sent[0] += 1
+            time.sleep(0.5 * (sent[0] == 4))
+        now[0] += 1
+        most[0] = max(most[0], now[0])
+        future = submit(engine, cell, prompt)
+        future.add_done_callback(lambda _: now.__setitem__(0, now[0] - 1))
+        return future
+
+    monkeypatch.setattr("hstu_lab.vllm_load.submit", counting)
+    closed_loop(engine, cell, Users(engine.config, cell, 1), in_flight=6, seconds=0.2, ramp=0.0)
+    assert most[0] == 6
 
 
 def test_an_open_loop_waits_for_nobody(engine):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.v1.attention.backend import (
@@ -48,11 +49,24 @@ class HSTUAttentionBackend(AttentionBackend):
         return False
 
 
+@dataclasses.dataclass(frozen=True)
+class Fresh:
+    """The requests at the end of a batch of which nothing is cached: from the `first` on, whose tokens begin at `start`.
+
+    Their keys and values need not be looked for in the cache: all of them are new and lie one after another.
+    """
+
+    first: int
+    start: int
+    longest: int
+
+
 @dataclasses.dataclass
 class HSTUMetadata(AttentionMetadata):
     """One step's batch: B requests, T new tokens laid end to end, padding after them.
 
-    `query_times` (T,) and `history_lens` (B,) are filled in by `Slots.note` before the first layer, `tiles` by the first layer.
+    `query_times` (T,) and `history_lens` (B,) are filled in by `Slots.note` before the first layer, `tiles` and `parts` by the
+    first layer; `candidates` (B,) counts those of each request, None where there are none.
     """
 
     num_tokens: int
@@ -63,6 +77,9 @@ class HSTUMetadata(AttentionMetadata):
     query_times: Tensor | None = None
     history_lens: Tensor | None = None
     tiles: object = None
+    fresh: Fresh | None = None
+    candidates: Tensor | None = None
+    parts: tuple[HSTUMetadata, HSTUMetadata] | None = None
 
 
 class HSTUMetadataBuilder(AttentionMetadataBuilder[HSTUMetadata]):
@@ -71,6 +88,18 @@ class HSTUMetadataBuilder(AttentionMetadataBuilder[HSTUMetadata]):
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.slots = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl.slots
+        graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+        self.most_captured = vllm_config.compilation_config.max_cudagraph_capture_size if graphs else 0
+
+    def _fresh(self, common: CommonAttentionMetadata) -> Fresh | None:
+        """Only of steps that are no CUDA graph's: it is the host that tells fresh requests apart."""
+        if common.num_actual_tokens <= self.most_captured or common.seq_lens_cpu_upper_bound is None:
+            return None
+        offsets, lens = common.query_start_loc_cpu.numpy(), common.seq_lens_cpu_upper_bound.numpy()
+        counts = np.diff(offsets)
+        cached = np.flatnonzero(counts != lens[: len(counts)])
+        first = int(cached[-1]) + 1 if len(cached) else 0
+        return Fresh(first, int(offsets[first]), int(counts[first:].max())) if first < len(counts) else None
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -85,6 +114,7 @@ class HSTUMetadataBuilder(AttentionMetadataBuilder[HSTUMetadata]):
             seq_lens=seq_lens,
             block_table=common.block_table_tensor,
             slots=common.slot_mapping[: common.num_actual_tokens],
+            fresh=self._fresh(common),
         )
         return self.slots.step
 
@@ -109,7 +139,18 @@ class HSTUAttentionImpl(AttentionImpl):
             return torch.zeros_like(q)
         self.slots.write_kv(k, v, kv_cache, metadata.slots)
         keys, values = kv_cache.split(self.head_size, dim=-1)
-        return self.slots.attention(q, keys, values, metadata, divisor=self.divisor, bias=self.layer.bias)
+        if metadata.fresh is None:
+            return self.slots.attention(q, keys, values, metadata, divisor=self.divisor, bias=self.layer.bias)
+        fresh, rest = self.slots.divide(metadata)
+        start = metadata.fresh.start
+        parts = [self.slots.attention(q[:start], keys, values, rest, divisor=self.divisor, bias=self.layer.bias)] if start else []
+        parts.append(
+            self.ops.attention_jagged(
+                q[start:], k[start:], v[start:], fresh.query_offsets, divisor=self.divisor, bias=self.layer.bias,
+                times=fresh.query_times, num_candidates=fresh.candidates, max_len=metadata.fresh.longest,
+            )
+        )  # fmt: skip
+        return torch.cat(parts) if start else parts[0]
 
     def forward(
         self, layer, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: HSTUMetadata | None,

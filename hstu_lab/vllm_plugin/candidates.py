@@ -20,6 +20,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from hstu_lab.config import TASKS, ModelConfig
+from hstu_lab.vllm_plugin.seen_items import slots_of, to_device
 
 MARKS = 1 << 16
 
@@ -63,6 +64,7 @@ class TaskScores(LogitsProcessor):
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         process_dict_updates(self.requests, batch_update, self._add)
+        slots_of(self.layers).with_candidates["scores"] = bool(self.requests)
         self._changed = self._changed or bool(batch_update)
 
     @staticmethod
@@ -74,14 +76,14 @@ class TaskScores(LogitsProcessor):
         """logits (B, V): rows of such requests become task logits, three a candidate in the prompt's order, then 0, then -inf."""
         if not self.requests:
             return logits
-        slots = next(iter(self.layers.values())).impl.slots
+        slots = slots_of(self.layers)
         if self._changed:
             rows = [row for row, (_, count) in self.requests.items() for _ in range(count)]
             order = [i for _, count in self.requests.values() for i in range(count)]
             places = [start + i for start, count in self.requests.values() for i in range(count)]
             ends = [len(TASKS) * count for _, count in self.requests.values()]
-            self._where = torch.tensor([rows, order, places], device=self.device)
-            self._ends = torch.tensor([list(self.requests), ends], device=self.device)
+            self._where = to_device([rows, order, places], self.device)
+            self._ends = to_device([list(self.requests), ends], self.device)
             self._changed = False
         rows, order, places = self._where
         size = slots.gaps.shape[1]

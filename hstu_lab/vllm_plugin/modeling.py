@@ -163,6 +163,7 @@ class HSTUForRecommendation(nn.Module):
         hidden = self._small_step(x, metadata) if small else self.stack(x.contiguous(), attend)
         if metadata is not None:
             self.slots.keep_candidates(hidden, gaps, metadata, self.attention[-1].kv_cache)
+            self.slots.keep_ends(hidden, gaps, metadata)
         return hidden
 
     def _is_small(self, tokens: Tensor, metadata) -> bool:

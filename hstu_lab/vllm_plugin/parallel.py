@@ -24,7 +24,8 @@ class ParallelOps:
 
     def __init__(self, ops: types.ModuleType, gather: Callable[[Tensor], Tensor], reduce: Callable[[Tensor], Tensor]):
         self.name, self._gather, self._reduce = ops.name, gather, reduce
-        self.layer_norm, self.project_silu, self.attention_paged = ops.layer_norm, ops.project_silu, ops.attention_paged
+        self.layer_norm, self.project_silu = ops.layer_norm, ops.project_silu
+        self.attention_paged, self.attention_jagged = ops.attention_paged, ops.attention_jagged
 
     def norm_gate(self, attended: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         """LayerNorm over the heads of all GPUs, times gate; attended and gate (T, own heads x dv)."""

@@ -13,6 +13,17 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 
+def to_device(rows: list, device: torch.device) -> Tensor:
+    """Whole numbers to the device, without waiting for what it is doing."""
+    rows = torch.tensor(rows, pin_memory=device.type == "cuda")
+    return rows.to(device, non_blocking=True)
+
+
+def slots_of(layers: dict):
+    """The model's `Slots`, by way of any of vLLM's attention layers."""
+    return next(iter(layers.values())).impl.slots
+
+
 class SeenItems(LogitsProcessor):
     """Masks, for requests with `SamplingParams.extra_args["seen"]`, those item ids and every item of the sequence so far."""
 
@@ -44,13 +55,13 @@ class SeenItems(LogitsProcessor):
         """logits (B, V), masked in place. Ids beyond the item table are ignored."""
         if not self.requests:
             return logits
-        slots = next(iter(self.layers.values())).impl.slots
+        slots = slots_of(self.layers)
         count, width = logits.shape
         if self._changed:
             pairs = [(row, item) for row, items in self.requests.items() for item in items if item < width]
-            self._pairs = torch.tensor(pairs, device=self.device).t().unbind() if pairs else None
+            self._pairs = to_device(pairs, self.device).t().unbind() if pairs else None
             wanted = None if len(self.requests) == count else [row in self.requests for row in range(count)]
-            self._wanted = None if wanted is None else torch.tensor(wanted, device=self.device)
+            self._wanted = None if wanted is None else to_device(wanted, self.device)
             self._changed = False
         lens = slots.step.seq_lens[:count]
         if self._wanted is not None:

@@ -6,6 +6,8 @@ everything is worked out on the device: a step waits for nothing and can be repl
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -19,7 +21,8 @@ class Slots:
     """gaps, items int32 and times int64, each (blocks, block_size), made anew where the cache has another shape.
 
     `step` is the metadata of the step that runs, for what happens after the layers; `task_logits` (the model's) scores what
-    lies in given slots. `ops` is a module of `hstu_lab.ops`.
+    lies in given slots; `with_candidates` says by name who has requests with candidates in the batch. `ops` is a module of
+    `hstu_lab.ops`.
     """
 
     def __init__(self, ops):
@@ -27,6 +30,8 @@ class Slots:
         self.step = None
         self.task_logits: Callable[[Tensor], Tensor] | None = None
         self.gaps: Tensor | None = None
+        self.ends: Tensor | None = None
+        self.with_candidates: dict[str, bool] = {}
 
     def _fit(self, cache: Tensor) -> None:
         shape = cache.shape[:2]
@@ -88,6 +93,26 @@ class Slots:
             metadata.tiles = list_tiles(*where, metadata.history_lens, q, keys.shape[1], **known)
         return attention_step(q, keys, values, *where, metadata.tiles, **common)
 
+    def divide(self, metadata):
+        """The metadata of a step's fresh requests, and of the others; made by the first layer for all."""
+        if metadata.parts is None:
+            first, start = metadata.fresh.first, metadata.fresh.start
+            lens, offsets = metadata.history_lens, metadata.query_offsets
+            candidates = (metadata.seq_lens - lens)[first:].contiguous() if any(self.with_candidates.values()) else None
+            times = metadata.query_times
+            make = functools.partial(dataclasses.replace, metadata, fresh=None)
+            metadata.parts = (
+                make(
+                    query_offsets=(offsets[first:] - start).contiguous(), query_times=times[start:].contiguous(),
+                    candidates=candidates,
+                ),
+                make(
+                    query_offsets=offsets[: first + 1], seq_lens=metadata.seq_lens[:first], history_lens=lens[:first],
+                    block_table=metadata.block_table[:first], query_times=times[:start],
+                ),
+            )  # fmt: skip
+        return metadata.parts
+
     def mask_items(self, logits: Tensor, lens: Tensor, block_table: Tensor) -> None:
         """logits (B, V), in place: -inf at the items of the first `lens` (B,) tokens of each sequence."""
         if self.fused:
@@ -130,3 +155,22 @@ class Slots:
     def kept(slots: Tensor, cache: Tensor, width: int) -> Tensor:
         """What `keep_candidates` left in those slots (S,): (S, width)."""
         return cache.view(-1, cache[0, 0].numel())[slots, :width]
+
+    def keep_ends(self, hidden: Tensor, gaps: Tensor, metadata) -> None:
+        """Final hidden states (T, d) to `ends` (blocks, d): of each block, that of the last history token which the step wrote.
+
+        A slate begins from it, and whoever finds the block in the prefix cache finds it too.
+        """
+        blocks, page = self.gaps.shape
+        if self.ends is None or self.ends.shape[0] != blocks:
+            self.ends = hidden.new_zeros(blocks, hidden.shape[1])
+        slots = metadata.slots
+        if self.fused:
+            from hstu_lab.ops.triton_ends import keep_ends
+
+            keep_ends(hidden, gaps, slots, self.ends, page)
+            return
+        kept = (slots >= 0) & (gaps[: len(slots)] >= 0)
+        later = (slots[1:] == slots[:-1] + 1) & (slots[1:] % page != 0) & kept[1:]
+        kept[:-1] &= ~later
+        self.ends[slots[kept] // page] = hidden[: len(slots)][kept]

@@ -53,5 +53,16 @@ from hstu_lab.widgets.paging import (
     watch,
 )
 from hstu_lab.widgets.roofline import BOUND_COLOURS, against, prediction_bars, roofline_explorer, roofline_plot, wave_plot
-from hstu_lab.widgets.serving import DECODE, EMPTY, PREFILL, WAITING, kv_blocks, kv_explorer, kv_pool, prefix_reuse, serving_steps
+from hstu_lab.widgets.serving import (
+    DECODE,
+    EMPTY,
+    PREFILL,
+    WAITING,
+    kv_blocks,
+    kv_explorer,
+    kv_pool,
+    prefix_reuse,
+    replica_table,
+    serving_steps,
+)
 from hstu_lab.widgets.tables import PART_COLOURS, parameter_bars, parameter_explorer, parameter_parts, taste_drift

@@ -58,6 +58,40 @@ def serving_steps(steps: Sequence[Sequence[int]], milliseconds: Mapping[str, flo
     return figure
 
 
+def replica_table(table: Mapping[str, Mapping[str, Mapping]], source: str, wanted: float = 4000) -> Figure:
+    """Requests/s of engines that share a GPU: table is the record's {cell: {"engines": ..., "null": ..., "half": ...}}.
+
+    Left the peak (the null model's, where measured, as a tick: what the host alone allows), right p50 and p99 at half of it.
+    """
+    cells = sorted(table, key=lambda cell: ("slate" in cell, int(cell.split("history=")[1].split()[0]), "warm" in cell))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(10, 1.2 + 0.28 * len(cells))
+        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+        rows = range(len(cells))
+        rates = [table[cell]["engines"]["requests/s"] for cell in cells]
+        left.barh(rows, rates, color=[DECODE if "warm" in cell else PREFILL for cell in cells], **EDGE)
+        ceilings = [(row, table[cell]["null"]["requests/s"]) for row, cell in zip(rows, cells) if "null" in table[cell]]
+        left.plot([rate for _, rate in ceilings], [row for row, _ in ceilings], "|", color="#444444", markersize=10)
+        left.axvline(wanted, color=WAITING, linestyle="--", linewidth=1)
+        for row, rate in zip(rows, rates):
+            left.annotate(f"{rate:,.0f}", (rate, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        left.set_yticks(rows, cells)
+        left.set(xlabel=f"requests/s (dashed: {wanted:,.0f})", title="Peak, closed loop")
+        half = [table[cell].get("half", {}) for cell in cells]
+        for name, colour in (("p99 s", WAITING), ("p50 s", DECODE)):
+            seen = [(row, 1e3 * entry[name]) for row, entry in zip(rows, half) if entry.get(name) is not None]
+            right.plot([x for _, x in seen], [row for row, _ in seen], "o", color=colour, label=name[:3])
+        right.axvline(200, color="#444444", linestyle="--", linewidth=1)
+        right.set_xscale("log")
+        right.set(xlabel="ms (dashed: 200)", title="At half the peak, open loop")
+        right.invert_yaxis()
+        right.legend(frameon=False, fontsize=9)
+        for axes in (left, right):
+            axes.grid(axis="y", visible=False)
+        figure.suptitle(source, fontsize=8)
+    return figure
+
+
 def kv_pool(tokens: int, users: int, *, num_blocks: int, block_bytes: int, block_size: int, max_seq_len: int) -> Figure:
     """A paged KV cache as `users` histories of `tokens` tokens fill it: one row a user, one column a token.
 

@@ -1,0 +1,90 @@
+"""vLLM's sampler for what recommenders ask: the best items with their log-probabilities, no temperature, no penalties.
+
+vLLM's own also ranks the sampled token among the whole vocabulary and prepares for much that no request here can ask for, in
+every step. What this one does not know it leaves to vLLM's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import Sampler
+
+from hstu_lab.vllm_plugin.slates import SlateLoop, SlateRows
+
+
+class RecommendationSampler(Sampler):
+    """Greedy, with the log-probabilities of the best items; rows that want a slate get what `loop` generates for them."""
+
+    def __init__(self, loop: SlateLoop):
+        super().__init__("processed_logprobs")
+        self.loop = loop
+
+    def forward(
+        self, logits: Tensor, sampling_metadata: SamplingMetadata, predict_bonus_token: bool = False, logprobs_mode_override=None
+    ) -> SamplerOutput:
+        """logits (B, V) -> one item a request, and the best items' ids and log-probabilities (B, 1 + most wanted)."""
+        wanted, count = sampling_metadata, sampling_metadata.max_num_logprobs
+        processors = wanted.logitsprocs.non_argmax_invariant
+        slates = next((p.wanted(logits.shape[1]) for p in processors if isinstance(p, SlateRows)), None)
+        plain = (
+            wanted.all_greedy and wanted.no_penalties and not wanted.bad_words_token_ids and count != -1
+            and wanted.allowed_token_ids_mask is None and not wanted.logprob_token_ids
+        )  # fmt: skip
+        if not plain:
+            if slates is not None:
+                raise ValueError("a slate shares no step with requests that are not greedy: run those in an engine of their own")
+            return super().forward(logits, sampling_metadata, predict_bonus_token, logprobs_mode_override)
+        if slates is not None and len(slates[0]) == len(logits):  # nobody wants these logits
+            found, scores = self._slate(slates, len(logits), count)
+        else:
+            for processor in processors:
+                logits = processor.apply(logits)
+            found, scores = self._best(logits.float(), count)
+            if slates is not None:
+                found[slates[0], : self.loop.count], scores[slates[0], : self.loop.count] = self._items(slates)
+        sampled = found[:, :1]
+        if count is None:
+            return SamplerOutput(sampled_token_ids=sampled, logprobs_tensors=None)
+        ranks = torch.zeros(len(found), dtype=torch.int32, device=found.device)
+        return SamplerOutput(sampled_token_ids=sampled, logprobs_tensors=LogprobsTensors(found, scores, ranks))
+
+    @staticmethod
+    def _best(logits: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
+        found = logits.argmax(-1, keepdim=True)
+        if count is None:
+            return found.int(), found
+        scores = logits.log_softmax(-1)
+        best = scores.gather(1, found)
+        if count:
+            more, items = scores.topk(count, dim=-1)
+            found, best = torch.cat([found, items], 1), torch.cat([best, more], 1)
+        return found.int(), best
+
+    def _items(self, slates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        items, scores = self.loop(*slates)
+        return items.int(), scores
+
+    def _slate(self, slates: Sequence[Tensor], rows: int, count: int) -> tuple[Tensor, Tensor]:
+        """Slates for all: (B, 1 + count), in the batch's order."""
+        items, scores = self._items(slates)
+        found, best = items.new_zeros(rows, 1 + count), scores.new_full((rows, 1 + count), -torch.inf)
+        found[slates[0], : self.loop.count], best[slates[0], : self.loop.count] = items, scores
+        return found, best
+
+
+class WorkerExtension:
+    """What vLLM's workers, on whatever device and however many, can be asked to do through `collective_rpc`."""
+
+    def use_recommendation_sampler(self, sizes: Sequence[int]) -> None:
+        """Sample by `RecommendationSampler`; its loop is captured as CUDA graphs for batches of those sizes."""
+        runner = self.model_runner
+        loop = SlateLoop(runner.get_model(), self.vllm_config, runner.get_model().config.slate_size)
+        runner.sampler = RecommendationSampler(loop)
+        if sizes:
+            with torch.inference_mode():
+                loop.capture(sizes)
