@@ -311,12 +311,11 @@ class Engine:
                     self._failure = error
                     left, self._incoming = self._incoming, []
                 for waiting in (*self._waiting.values(), *left):
-                    if not waiting.future.done():
-                        waiting.future.set_exception(EngineError(f"the vLLM engine stopped: {error}"))
+                    waiting.fail(f"the vLLM engine stopped: {error}")
                 self._waiting.clear()
                 return
         for waiting in (*self._waiting.values(), *self._incoming):
-            waiting.future.set_exception(EngineError("the vLLM engine was closed before the request was answered"))
+            waiting.fail("the vLLM engine was closed before the request was answered")
 
     def turn(self) -> bool:
         """Hand new requests to vLLM, let it make one step and answer what is finished; False when nobody waits."""
@@ -368,7 +367,7 @@ class Engine:
         try:
             self.engine.engine_core.add_request(self._request(waiting))
         except Exception as error:  # whatever its type, it is about this request: the others go on
-            waiting.future.set_exception(EngineError(f"vLLM refused the request: {error}"))
+            waiting.fail(f"vLLM refused the request: {error}")
         else:
             self._waiting[waiting.request_id] = waiting
 
@@ -445,10 +444,18 @@ class _Waiting:
     stats: object = None
 
     def finish(self) -> None:
+        """Answer, unless whoever asked has cancelled."""
+        if not self.future.set_running_or_notify_cancel():
+            return
         try:
             self.future.set_result(self.read(self))
         except Exception as error:
             self.future.set_exception(EngineError(f"vLLM's answer cannot be read: {error!r}"))
+
+    def fail(self, why: str) -> None:
+        """An EngineError for whoever asked and has neither an answer nor cancelled."""
+        if not self.future.done() and self.future.set_running_or_notify_cancel():
+            self.future.set_exception(EngineError(why))
 
 
 class _Metrics:
@@ -521,7 +528,7 @@ def _joined(parts: list[concurrent.futures.Future[Tensor]]) -> concurrent.future
         if error := part.exception():
             if not whole.done():
                 whole.set_exception(error)
-        elif next(left) == len(parts):
+        elif next(left) == len(parts) and whole.set_running_or_notify_cancel():
             whole.set_result(torch.cat([p.result() for p in parts]))
 
     for part in parts:

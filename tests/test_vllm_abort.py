@@ -24,3 +24,14 @@ def test_aborted_requests_leave_the_engine_and_the_others_are_answered(tiny_chec
             assert scheduler.kv_cache_manager.usage == 0
         engine.abort({"request-0", "nobody"})
         assert engine.slate(prompts[:1], [[]], 3)[0].items == wanted[0][:3]
+
+
+def test_who_cancels_late_stops_nobody_else(tiny_checkpoint):
+    with Engine(tiny_checkpoint, EngineOptions(kv_cache_memory_bytes=8 << 20)) as engine:
+        with engine.held():
+            asked = (engine.submit_topk([3, 4], [], 5), engine.submit_slate([3, 4], [], 10), engine.submit_score([3, 4], [5]))
+            for future in asked:
+                assert future.cancel()
+            while engine.turn():
+                pass
+        assert len(engine.topk([[3, 4]], [[]], 5)[0].items) == 5
