@@ -292,11 +292,13 @@ def test_the_table_of_replicas_shows_peak_ceiling_and_latencies_in_order():
         "slate history=256 cold": {"engines": entry(4000.0), "null": entry(9000.0), "half": entry(2000.0)},
         "topk history=1024 90% warm": {"engines": entry(5000.0)},
         "topk history=512 cold": {"engines": entry(3000.0), "null": entry(8000.0), "half": entry(1500.0)},
+        "topk history=256 cold": {"engines": entry(0.0), "half": entry(1.0)},
     }
     left, right = widgets.replica_table(table, "recorded on a device").axes
     assert [label.get_text() for label in left.get_yticklabels()] == [
-        "topk history=512 cold", "topk history=1024 90% warm", "slate history=256 cold"
+        "topk history=256 cold", "topk history=512 cold", "topk history=1024 90% warm", "slate history=256 cold"
     ]  # fmt: skip
-    assert [bar.get_width() for bar in left.patches] == [3000, 5000, 4000]
+    assert [bar.get_width() for bar in left.patches] == [0, 3000, 5000, 4000]
+    assert said(left) == ["none finished: no rate", "3,000", "5,000", "4,000"]
     assert left.lines[0].get_xdata().tolist() == [8000, 9000]
     assert [line.get_xdata().tolist() for line in right.lines[:2]] == [pytest.approx([100, 100]), pytest.approx([20, 20])]

@@ -131,7 +131,7 @@ def paged_values(
     return v
 
 
-@triton.jit(do_not_specialize=["heads", "tiles_m", "splits", "table_row", "positions"])
+@triton.jit(do_not_specialize=["heads", "tiles_m", "splits", "table_row", "positions", "total"])
 def paged_kernel(
     Q, KeyCache, ValueCache, KeyTiles, ValueTiles, Out, BlockTable, QueryOffsets, SeqLens, QueryTimes, SlotTimes, OwnKeys,
     OwnValues, HistoryLens, TileList, Position, TimeBias, Cells,

@@ -74,10 +74,17 @@ def replica_table(table: Mapping[str, Mapping[str, Mapping]], source: str, wante
         left.plot([rate for _, rate in ceilings], [row for row, _ in ceilings], "|", color="#444444", markersize=10)
         left.axvline(wanted, color=WAITING, linestyle="--", linewidth=1)
         for row, rate in zip(rows, rates):
-            left.annotate(f"{rate:,.0f}", (rate, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
+            left.annotate(
+                f"{rate:,.0f}" if rate else "none finished: no rate",
+                (rate, row),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
         left.set_yticks(rows, cells)
         left.set(xlabel=f"requests/s (dashed: {wanted:,.0f})", title="Peak, closed loop")
-        half = [table[cell].get("half", {}) for cell in cells]
+        half = [table[cell].get("half", {}) if rate else {} for cell, rate in zip(cells, rates)]
         for name, colour in (("p99 s", WAITING), ("p50 s", DECODE)):
             seen = [(row, 1e3 * entry[name]) for row, entry in zip(rows, half) if entry.get(name) is not None]
             right.plot([x for _, x in seen], [row for row, _ in seen], "o", color=colour, label=name[:3])
