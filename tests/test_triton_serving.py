@@ -8,6 +8,7 @@ from triton_cases import BIASES, DEVICE, GPU, LIMITS, error, poison, random_bias
 
 from hstu_lab.config import preset
 from hstu_lab.model import HSTULayer
+from hstu_lab.ops.triton_paged import PagedTiles
 
 
 def step_case(seed: int, dtype=torch.float32, heads=2, d=16, page=4, longest=48, padding=3, splits=None):
@@ -135,7 +136,7 @@ def test_candidates_without_a_place_in_the_cache(bias):
 def test_candidates_on_the_gpu(dtype):
     for seed in range(20):
         page, d, longest = random.Random(seed).choice([(16, 64, 900), (64, 64, 300), (16, 128, 200), (32, 64, 1100)])
-        tiles = None if seed % 2 or d > 64 or dtype == torch.float32 else triton_candidates.CandidateTiles(64, 128, splits=4)
+        tiles = None if seed % 2 or d > 64 or dtype == torch.float32 else PagedTiles(64, 128, splits=4)
         assert error(*candidates_case(seed, dtype, d=d, page=page, longest=longest, tiles=tiles)) <= LIMITS[dtype], seed
 
 

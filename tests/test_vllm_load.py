@@ -29,14 +29,12 @@ def test_cold_prompts_share_no_block_and_warm_ones_their_first_part():
     assert max(token for prompt in cold + warm for token in prompt) < config.user_token_base
 
 
-@pytest.mark.parametrize("warm", [0.0, 0.9])
-def test_a_closed_loop_keeps_its_number_in_flight(engine, monkeypatch, warm):
-    cell = Cell("slate", 40, warm)
-    users = Users(engine.config, cell, 8)
-    fill(engine, cell, users)
-    most, now = [0], [0]
+def count_in_flight(monkeypatch, before=lambda: None):
+    """Have `submit` call `before` and count: ([requests in flight now], [the most that there were])."""
+    now, most = [0], [0]
 
     def counting(engine, cell, prompt):
+        before()
         now[0] += 1
         most[0] = max(most[0], now[0])
         future = submit(engine, cell, prompt)
@@ -44,6 +42,15 @@ def test_a_closed_loop_keeps_its_number_in_flight(engine, monkeypatch, warm):
         return future
 
     monkeypatch.setattr("hstu_lab.vllm_load.submit", counting)
+    return now, most
+
+
+@pytest.mark.parametrize("warm", [0.0, 0.9])
+def test_a_closed_loop_keeps_its_number_in_flight(engine, monkeypatch, warm):
+    cell = Cell("slate", 40, warm)
+    users = Users(engine.config, cell, 8)
+    fill(engine, cell, users)
+    now, most = count_in_flight(monkeypatch)
     outcome = closed_loop(engine, cell, users, in_flight=6, seconds=1, ramp=0.1)
     assert most[0] == 6
     assert now[0] == 0
@@ -54,19 +61,13 @@ def test_a_closed_loop_keeps_its_number_in_flight(engine, monkeypatch, warm):
 def test_a_caller_that_stands_still_fills_the_loop_all_the_same(engine, monkeypatch):
     """On a busy machine the first requests come back many times before the last is sent: only then does the clock start."""
     cell, sent, me = Cell("slate", 40, 0.0), [0], threading.current_thread()
-    now, most = [0], [0]
 
-    def counting(engine, cell, prompt):
+    def stand_still():
         if threading.current_thread() is me:
             sent[0] += 1
             time.sleep(0.5 * (sent[0] == 4))
-        now[0] += 1
-        most[0] = max(most[0], now[0])
-        future = submit(engine, cell, prompt)
-        future.add_done_callback(lambda _: now.__setitem__(0, now[0] - 1))
-        return future
 
-    monkeypatch.setattr("hstu_lab.vllm_load.submit", counting)
+    _, most = count_in_flight(monkeypatch, stand_still)
     closed_loop(engine, cell, Users(engine.config, cell, 1), in_flight=6, seconds=0.2, ramp=0.0)
     assert most[0] == 6
 

@@ -107,12 +107,20 @@ def time_bias_of(seconds, lut, WIDE: tl.constexpr, PLAIN: tl.constexpr):
 
 @triton.jit
 def load_now(pointers, PLAIN: tl.constexpr):
-    """32 bits from each pointer, as int32. Assembly, since the pipeliner would stage every tl.load of the loop through shared
-    memory, at the price of a barrier."""
+    """What `pointers` point to, 16 or 32 bits each. In assembly, since the pipeliner would stage a tl.load of the loop through
+    shared memory, at the price of a barrier."""
     if PLAIN:
-        return tl.load(pointers.to(tl.pointer_type(tl.int32), bitcast=True))
+        return tl.load(pointers)
     else:
-        return tl.inline_asm_elementwise("ld.global.nc.b32 $0, [$1];", "=r,l", [pointers], dtype=tl.int32, is_pure=True, pack=1)
+        if pointers.dtype.element_ty.primitive_bitwidth == 16:
+            bits = tl.inline_asm_elementwise(
+                "ld.global.nc.b16 $0, [$1];", "=h,l", [pointers], dtype=tl.int16, is_pure=True, pack=1
+            )
+        else:
+            bits = tl.inline_asm_elementwise(
+                "ld.global.nc.b32 $0, [$1];", "=r,l", [pointers], dtype=tl.int32, is_pure=True, pack=1
+            )
+        return bits.to(pointers.dtype.element_ty, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["batch", "positions", "buckets", "origin", "table_len", "max_tiles", "max_tiles_k"])
@@ -307,7 +315,7 @@ def with_time(half, crossed, word, value, following, steps, low, high, LADDER: t
         if crossed > number:
             if number > 0:
                 value = following
-                following = load_now(steps + number + 1, PLAIN).to(tl.float32, bitcast=True)
+                following = load_now(steps + number + 1, PLAIN)
             bound = ((word >> (8 * number)) & 255).to(tl.float32)
             half += (following - value) * passed_by(bound, low, high, PLAIN)
     return half
@@ -402,8 +410,8 @@ def attention_kernel(
                 crossed = coming
                 coming = load_now(lowest + least(n0 // BLOCK_N + 1, max_tiles_k - 1), PLAIN)
                 steps = Steps + head * 256 + (crossed & 255)
-                value = load_now(steps, PLAIN).to(tl.float32, bitcast=True)
-                following = load_now(steps + 1, PLAIN).to(tl.float32, bitcast=True)
+                value = load_now(steps, PLAIN)
+                following = load_now(steps + 1, PLAIN)
                 word = load_now(bounds + n0 // BLOCK_N * BLOCK_M + local, PLAIN)
             scores = key_scores(
                 q, KTiles, k_tile, start, n0, head, k_row, dims, p_rows, p_shift, p_columns, D, D_PAD, BLOCK_M, BLOCK_N,

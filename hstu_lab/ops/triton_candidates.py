@@ -7,51 +7,17 @@ projection: nothing of it need be written to the cache. Source: Zhai et al. 2024
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from hstu_lab.ops.reference import RelativeBias
-from hstu_lab.ops.triton_attention import bucket_of, bucket_tables
+from hstu_lab.ops.triton_attention import bucket_of, bucket_tables, load_now
 from hstu_lab.ops.triton_linear import project_residual, project_silu
 from hstu_lab.ops.triton_memory import layer_norm
-from hstu_lab.ops.triton_paged import sum_splits_kernel
+from hstu_lab.ops.triton_paged import LIST_ROWS, PagedTiles, sum_splits_kernel
 from hstu_lab.ops.triton_runtime import add, check_dtype, interpreted, least, most, processors, silu_of_half
-
-ROWS = tl.constexpr(1 << 16)
-"""An entry of the list of tiles is ROWS * sequence + tile of its queries."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CandidateTiles:
-    """Candidates and keys of a tile, warps, pipeline stages, parts that the history is split into."""
-
-    block_m: int
-    block_n: int
-    num_warps: int = 4
-    num_stages: int = 3
-    splits: int = 1
-
-
-@triton.jit
-def load_now(pointers, PLAIN: tl.constexpr):
-    """What `pointers` point to, 16 or 32 bits each. In assembly, since the pipeliner would stage a tl.load of the loop through
-    shared memory, at the price of a barrier."""
-    if PLAIN:
-        return tl.load(pointers)
-    else:
-        if pointers.dtype.element_ty.primitive_bitwidth == 16:
-            bits = tl.inline_asm_elementwise(
-                "ld.global.nc.b16 $0, [$1];", "=h,l", [pointers], dtype=tl.int16, is_pure=True, pack=1
-            )
-        else:
-            bits = tl.inline_asm_elementwise(
-                "ld.global.nc.b32 $0, [$1];", "=r,l", [pointers], dtype=tl.int32, is_pure=True, pack=1
-            )
-        return bits.to(pointers.dtype.element_ty, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["table_row", "time_page", "buckets_row"])
@@ -104,8 +70,8 @@ def candidates_kernel(
     m0 = tl.program_id(1) % tiles_m * BLOCK_M
     if HAS_LIST:
         entry = tl.load(TileList + tl.program_id(1))
-        b = entry // ROWS
-        m0 = entry % ROWS * BLOCK_M
+        b = entry // LIST_ROWS
+        m0 = entry % LIST_ROWS * BLOCK_M
     start = tl.load(QueryOffsets + b).to(tl.int64)
     count = (tl.load(QueryOffsets + b + 1) - start).to(tl.int32)
     if m0 < count:
@@ -192,20 +158,20 @@ def candidates_kernel(
         tl.store(o_rows, (acc * out_scale).to(Out.dtype.element_ty), mask=real)
 
 
-def default_tiles(like: Tensor) -> CandidateTiles:
+def default_tiles(like: Tensor) -> PagedTiles:
     """Tiles for queries `like` (T, H, d), the fastest on an H200 among those tried."""
     total, heads, d = like.shape
     if interpreted():
-        return CandidateTiles(16, 16, splits=2)
+        return PagedTiles(16, 16, splits=2)
     if like.dtype == torch.float32:
-        return CandidateTiles(16, 32, num_stages=2)
+        return PagedTiles(16, 32, num_stages=2)
     if d > 64:
-        return CandidateTiles(64, 64 if d <= 128 else 32)
+        return PagedTiles(64, 64 if d <= 128 else 32)
     programs = heads * triton.cdiv(total, 64)
     if programs > 2 * processors(like):
-        return CandidateTiles(128, 64, num_stages=2)
+        return PagedTiles(128, 64, num_stages=2)
     # One user's candidates do not fill the GPU; in small steps the parts of others would be added up with theirs.
-    return CandidateTiles(64, 128, num_stages=2, splits=2 if total > 64 and programs <= processors(like) else 1)
+    return PagedTiles(64, 128, num_stages=2, splits=2 if total > 64 and programs <= processors(like) else 1)
 
 
 def time_buckets(
@@ -233,7 +199,7 @@ def time_buckets(
 def attention_candidates(
     q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, query_offsets: Tensor, seq_lens: Tensor,
     history_lens: Tensor, buckets: Tensor | None, *, divisor: float, bias: RelativeBias | None = None,
-    own: tuple[Tensor, Tensor] | None = None, max_queries: int | None = None, tiles: CandidateTiles | None = None,
+    own: tuple[Tensor, Tensor] | None = None, max_queries: int | None = None, tiles: PagedTiles | None = None,
     tile_list: Tensor | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of candidates to the first `history_lens` (B,) cached events of their sequence, and to themselves.
@@ -321,7 +287,7 @@ def combine_kernel(
 
 def candidates_layer(
     x: Tensor, layer, cache: Tensor, block_table: Tensor, query_offsets: Tensor, seq_lens: Tensor, history_lens: Tensor,
-    buckets: Tensor | None, *, divisor: float, max_queries: int | None = None, tiles: CandidateTiles | None = None,
+    buckets: Tensor | None, *, divisor: float, max_queries: int | None = None, tiles: PagedTiles | None = None,
 ) -> Tensor:  # fmt: skip
     """One HSTU layer for a step of candidates only: x (T, d_model) -> (T, d_model). Nothing is written to the cache.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hstu_lab.ops import triton_candidates
 from hstu_lab.ops.reference import RelativeBias
-from hstu_lab.ops.triton_candidates import CandidateTiles, attention_candidates
+from hstu_lab.ops.triton_candidates import attention_candidates
 from hstu_lab.ops.triton_paged import LIST_ROWS, NO_TILE, PagedTiles, attention_paged, default_tiles
 from hstu_lab.ops.triton_runtime import add, capability, interpreted, least, most, processors
 
@@ -70,7 +70,7 @@ class StepTiles:
     alike: Tensor | None
     short_tiles: PagedTiles
     long_tiles: PagedTiles
-    alike_tiles: CandidateTiles
+    alike_tiles: PagedTiles
     buckets: Tensor | None = None
 
 

@@ -16,11 +16,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from vllm import SamplingParams
-from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
-from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+from vllm.v1.sample.logits_processor import BatchUpdate
 
 from hstu_lab.config import TASKS, ModelConfig
-from hstu_lab.vllm_plugin.seen_items import slots_of, to_device
+from hstu_lab.vllm_plugin.seen_items import RequestRows, slots_of, to_device
 
 MARKS = 1 << 16
 
@@ -43,7 +42,7 @@ def columns(candidates: int) -> int:
     return candidates * len(TASKS) + 1
 
 
-class TaskScores(LogitsProcessor):
+class TaskScores(RequestRows):
     """Puts task logits in place of item logits for requests with `SamplingParams.extra_args["candidates"]` (how many)."""
 
     @classmethod
@@ -53,19 +52,9 @@ class TaskScores(LogitsProcessor):
         if count is not None and not (isinstance(count, int) and count > 0):
             raise ValueError("extra_args['candidates'] must be a whole number from 1 up")
 
-    def __init__(self, vllm_config, device: torch.device, is_pin_memory: bool):
-        self.layers = vllm_config.compilation_config.static_forward_context
-        self.device = device
-        self.requests: dict[int, tuple[int, int]] = {}
-        self._changed = False
-
-    def is_argmax_invariant(self) -> bool:
-        return False
-
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        process_dict_updates(self.requests, batch_update, self._add)
+        super().update_state(batch_update)
         slots_of(self.layers).with_candidates["scores"] = bool(self.requests)
-        self._changed = self._changed or bool(batch_update)
 
     @staticmethod
     def _add(params: SamplingParams, prompt: list[int] | None, generated: list[int]) -> tuple[int, int] | None:

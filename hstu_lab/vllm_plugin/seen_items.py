@@ -24,20 +24,13 @@ def slots_of(layers: dict):
     return next(iter(layers.values())).impl.slots
 
 
-class SeenItems(LogitsProcessor):
-    """Masks, for requests with `SamplingParams.extra_args["seen"]`, those item ids and every item of the sequence so far."""
-
-    @classmethod
-    def validate_params(cls, sampling_params: SamplingParams):
-        """Raises ValueError where `seen` is not a list of non-negative integers."""
-        seen = (sampling_params.extra_args or {}).get("seen")
-        if seen is not None and not (isinstance(seen, list) and all(isinstance(i, int) and i >= 0 for i in seen)):
-            raise ValueError("extra_args['seen'] must be a list of item ids (non-negative integers)")
+class RequestRows(LogitsProcessor):
+    """Keeps what `_add` makes of each request of the batch, by its row; `_changed` says that the batch is another one."""
 
     def __init__(self, vllm_config, device: torch.device, is_pin_memory: bool):
         self.layers = vllm_config.compilation_config.static_forward_context
         self.device = device
-        self.requests: dict[int, list[int]] = {}
+        self.requests: dict = {}
         self._changed = True
 
     def is_argmax_invariant(self) -> bool:
@@ -46,6 +39,22 @@ class SeenItems(LogitsProcessor):
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         process_dict_updates(self.requests, batch_update, self._add)
         self._changed = self._changed or bool(batch_update)
+
+    @staticmethod
+    def _add(params: SamplingParams, prompt: list[int] | None, generated: list[int]):
+        """What to keep of a request; None of one that this processor leaves alone."""
+        raise NotImplementedError
+
+
+class SeenItems(RequestRows):
+    """Masks, for requests with `SamplingParams.extra_args["seen"]`, those item ids and every item of the sequence so far."""
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams):
+        """Raises ValueError where `seen` is not a list of non-negative integers."""
+        seen = (sampling_params.extra_args or {}).get("seen")
+        if seen is not None and not (isinstance(seen, list) and all(isinstance(i, int) and i >= 0 for i in seen)):
+            raise ValueError("extra_args['seen'] must be a list of item ids (non-negative integers)")
 
     @staticmethod
     def _add(params: SamplingParams, prompt: list[int] | None, generated: list[int]) -> list[int] | None:

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 from vllm import SamplingParams
 from vllm.forward_context import create_forward_context, override_forward_context
-from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
-from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+from vllm.v1.sample.logits_processor import BatchUpdate
 
 from hstu_lab.config import ModelConfig
 from hstu_lab.vllm_plugin import candidates
 from hstu_lab.vllm_plugin.attention import HSTUMetadata
-from hstu_lab.vllm_plugin.seen_items import slots_of, to_device
+from hstu_lab.vllm_plugin.seen_items import RequestRows, slots_of, to_device
 
 PAIRS = 4096
 """Most (row, item) pairs of seen items that a captured loop masks; more of them are masked outside of graphs."""
@@ -32,7 +31,7 @@ def prompt(history: Sequence[int], number: int, config: ModelConfig) -> list[int
     return candidates.prompt(history, [0] * (config.slate_size - 2), number, config)
 
 
-class SlateRows(LogitsProcessor):
+class SlateRows(RequestRows):
     """Which requests of the batch want a slate: those with `SamplingParams.extra_args["slate"]`, the length of their history."""
 
     @classmethod
@@ -42,19 +41,9 @@ class SlateRows(LogitsProcessor):
         if length is not None and not (isinstance(length, int) and length > 0):
             raise ValueError("extra_args['slate'] must be a whole number from 1 up")
 
-    def __init__(self, vllm_config, device: torch.device, is_pin_memory: bool):
-        self.layers = vllm_config.compilation_config.static_forward_context
-        self.device = device
-        self.requests: dict[int, tuple[int, int, list[int]]] = {}
-        self._changed = False
-
-    def is_argmax_invariant(self) -> bool:
-        return False
-
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        process_dict_updates(self.requests, batch_update, self._add)
+        super().update_state(batch_update)
         slots_of(self.layers).with_candidates["slates"] = bool(self.requests)
-        self._changed = self._changed or bool(batch_update)
 
     @staticmethod
     def _add(params: SamplingParams, prompt: list[int] | None, generated: list[int]) -> tuple[int, int, list[int]] | None:
