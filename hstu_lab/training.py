@@ -334,7 +334,7 @@ def train(
         log.catalog.save(out / "catalog.json")
         (out / "users.json").write_text(json.dumps(list(log.users)) + "\n")
         metrics = {} if interrupted.is_set() else compare(trainer.model, log)
-    result = TrainingResult(out, trainer.steps, round(trainer.seconds, 1), trainer.losses, metrics, interrupted.is_set())
+    result = TrainingResult(out, trainer.steps, trainer.seconds, trainer.losses, metrics, interrupted.is_set())
     (out / "training.json").write_text(json.dumps(_account(result, trainer), indent=1) + "\n")
     return result
 

@@ -315,9 +315,7 @@ def test_the_cache_is_built_once_and_appears_whole(cached):
     assert os.listdir(cache) == [folder.name], "nothing left behind"
     OnnxModels(folder, threads=1, checkpoint=content_hash(checkpoint))
     before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
-    started = time.perf_counter()
     assert export_cached(checkpoint, cache) == folder
-    assert time.perf_counter() - started < 1
     assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before
 
 
