@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hstu_lab import measure, roofline
 from hstu_lab.config import preset
 from hstu_lab.model import HSTUStack
-from hstu_lab.ops import reference, triton_attention, triton_compile, triton_memory, triton_ops
+from hstu_lab.ops import reference, triton_bias, triton_compile, triton_memory, triton_ops, triton_tiles
 
 BF16 = torch.bfloat16
 
@@ -129,7 +129,7 @@ def steps(record: measure.Record) -> None:
             reference.attention_dense(*(x[one : one + 4] for x in dense), lengths[one : one + 4], divisor=length)
 
     record.measurements.append(timed(naive, "step 1 PyTorch, scores in memory", flops=flops, graph=False))
-    plain = triton_attention.Tiles(64, 64, 64, num_stages=1, group=batch * heads, exact=True, tma=False)
+    plain = triton_tiles.Tiles(64, 64, 64, num_stages=1, group=batch * heads, exact=True, tma=False)
     change = functools.partial(dataclasses.replace, plain)
     for name, tiles, options in (
         ("step 2 tiled, every tile", plain, {"num_context": length}),  # a context that long sees itself whole
@@ -229,7 +229,7 @@ def calibration(record: measure.Record) -> None:
             length = steps * roofline.STEP
             q, k, v = (torch.randn(length, 1, 64, device="cuda", generator=g).to(BF16) for _ in range(3))
             bias, times = random_bias(1, length, kind, g), session_times(length, g)
-            tiles = triton_attention.default_tiles(BF16, 64, 512, 128, bias)  # those of a batch of 8
+            tiles = triton_tiles.default_tiles(BF16, 64, 512, 128, bias)  # those of a batch of 8
             offsets = torch.tensor([0, length], device="cuda")
             run = functools.partial(
                 triton_ops.attention_jagged, q, k, v, offsets, divisor=length, bias=bias, times=times, max_len=length, tiles=tiles
@@ -374,9 +374,9 @@ def ampere(record: measure.Record) -> None:
 
     for bias in (None, random_bias(heads, longest, "position+time", g)):
         name = "attention" if bias is None else "attention_bias"
-        tiles = triton_attention.default_tiles(BF16, d, longest, batch * heads, bias, 80)
+        tiles = triton_tiles.default_tiles(BF16, d, longest, batch * heads, bias, 80)
         sizes = {"batch": batch, "heads": heads, "total": total, "max_len": longest, "num_context": 1}
-        plan = triton_attention.plan(tiles, bias, q.device, **sizes)
+        plan = triton_bias.plan(tiles, bias, q.device, **sizes)
         out = torch.full_like(v, torch.nan)
         if bias is not None:
             kernel = triton_compile.compile_kernel("prepare", 80, d, longest)

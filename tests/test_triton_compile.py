@@ -1,7 +1,7 @@
 """Every kernel compiles for an A100 and an H100 on a machine without a GPU, with the instructions it was written for."""
 
 import pytest
-from triton_cases import GPU, triton_attention, triton_ops
+from triton_cases import GPU, triton_ops, triton_tiles
 
 from hstu_lab import roofline
 from hstu_lab.ops import triton_compile
@@ -42,7 +42,7 @@ def test_bias_is_loaded_in_pairs_and_rows_eight_apart_share_them():
 
 
 def test_a_bucket_boundary_is_a_saturating_subtraction():
-    tiles = triton_attention.Tiles(64, 64, 32)
+    tiles = triton_tiles.Tiles(64, 64, 32)
     body, scores = loop_of("attention_bias")
     assert sum("FADD.SAT" in line for line in body) == tiles.ladder * scores
     assert not any("FSEL" in line for line in body)
@@ -53,7 +53,7 @@ def test_a_bucket_boundary_is_a_saturating_subtraction():
 )
 def test_the_roofline_counts_instructions_as_they_are(name, bias):
     body, scores = loop_of(name)
-    unlikely = 2 * (triton_attention.Tiles(64, 64, 32).ladder - 1) if bias == "position+time" else 0
+    unlikely = 2 * (triton_tiles.Tiles(64, 64, 32).ladder - 1) if bias == "position+time" else 0
     assert len(body) / scores - unlikely == pytest.approx(roofline.INSTRUCTIONS[bias], rel=0.15)
 
 

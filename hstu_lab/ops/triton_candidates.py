@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hstu_lab.ops.reference import RelativeBias
-from hstu_lab.ops.triton_attention import bucket_of, bucket_tables, load_now
+from hstu_lab.ops.triton_bias import bucket_of, bucket_tables, load_now
 from hstu_lab.ops.triton_linear import project_residual, project_silu
 from hstu_lab.ops.triton_memory import layer_norm
 from hstu_lab.ops.triton_paged import LIST_ROWS, PagedTiles, sum_splits_kernel

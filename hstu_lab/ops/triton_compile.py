@@ -23,7 +23,10 @@ from triton.compiler import ASTSource
 
 from hstu_lab.ops.reference import RelativeBias
 
-_MODULES = ("triton_runtime", "triton_attention", "triton_memory", "triton_linear", "triton_paged")
+_MODULES = (
+    "triton_runtime", "triton_tiles", "triton_bias", "triton_attention", "triton_memory", "triton_linear", "triton_paged",
+)  # fmt: skip
+"""In the order of their imports."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,27 +122,27 @@ def _extend(d: int) -> tuple[object, dict, int, None, dict, int]:
 def _specification(name: str, capability: int, d: int, length: int) -> tuple[object, dict, int, int, dict, int | None]:
     """(kernel, compile-time arguments, warps, stages, tensor descriptors, register cap) of the variant that is shown."""
     modules = compiled_modules()
-    attention, memory, linear, paged = (modules[m] for m in _MODULES[1:])
+    tuned, bias_module, attention, memory, linear, paged = (modules[m] for m in _MODULES[1:])
     tma = capability >= 90
     if name in ("attention", "attention_position", "attention_bias"):
         position, time = name != "attention", name == "attention_bias"
         bias = RelativeBias(*(torch.zeros(1, 1) if there else None for there in (position, time)))
-        tiles = attention.default_tiles(torch.bfloat16, d, length, 128, bias, capability)
+        tiles = tuned.default_tiles(torch.bfloat16, d, length, 128, bias, capability)
         descriptors = dict.fromkeys(("KTiles", "VTiles"), f"tensordesc<bf16[{tiles.block_n}, {d}]>") if tma else {}
-        arguments = _attention(d, position, time, tma, tiles, attention.parts_of(triton.cdiv(length, tiles.block_n)))
+        arguments = _attention(d, position, time, tma, tiles, bias_module.parts_of(triton.cdiv(length, tiles.block_n)))
         return attention.attention_kernel, arguments, tiles.num_warps, tiles.num_stages, descriptors, tiles.maxnreg
     if name == "prepare":
         table = torch.zeros(1, 1)
-        tiles = attention.default_tiles(torch.bfloat16, d, length, 128, RelativeBias(table, table), capability)
-        parts = attention.parts_of(triton.cdiv(length, tiles.block_n))
+        tiles = tuned.default_tiles(torch.bfloat16, d, length, 128, RelativeBias(table, table), capability)
+        parts = bias_module.parts_of(triton.cdiv(length, tiles.block_n))
         arguments = {
             "HAS_POSITION": True, "HAS_TIME": True, "HAS_CANDIDATES": False, "LADDER": tiles.ladder, "BLOCK_M": tiles.block_m,
-            "BLOCK_N": tiles.block_n, "BISECT": tiles.block_n.bit_length() - 1, "CHUNK": attention.CHUNK.value,
+            "BLOCK_N": tiles.block_n, "BISECT": tiles.block_n.bit_length() - 1, "CHUNK": bias_module.CHUNK.value,
             "SCAN": 1024 if parts == 1 else 512,
             "TABLE_BLOCK": 512, "WIDE": False, "PARTS": parts,
             "NumCandidates": None,
         }  # fmt: skip
-        return attention.prepare_kernel, arguments, 4 if parts == 1 else 1, 3, {}, None
+        return bias_module.prepare_kernel, arguments, 4 if parts == 1 else 1, 3, {}, None
     if name == "extend" and capability >= 90:
         return _extend(d)
     if name in ("decode", "extend"):

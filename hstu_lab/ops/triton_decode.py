@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hstu_lab.ops.reference import RelativeBias
-from hstu_lab.ops.triton_attention import bucket_of, bucket_tables
+from hstu_lab.ops.triton_bias import bucket_of, bucket_tables
 from hstu_lab.ops.triton_runtime import add, capability, interpreted, least, most, processors, silu_of_half
 
 MOST_TOKENS = 32

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hstu_lab.ops.reference import RelativeBias
-from hstu_lab.ops.triton_attention import bucket_of, bucket_tables
+from hstu_lab.ops.triton_bias import bucket_of, bucket_tables
 from hstu_lab.ops.triton_runtime import add, capability, check_dtype, interpreted, least, most, processors, silu_of_half, use_tma
 
 LIST_ROWS = tl.constexpr(1 << 16)
