@@ -38,6 +38,13 @@ class PagedTiles:
 
 
 @triton.jit
+def listed_tile(TileList, BLOCK_M: tl.constexpr):
+    """(sequence, first query) of this program's entry of a tile list."""
+    entry = tl.load(TileList + tl.program_id(1))
+    return entry // LIST_ROWS, entry % LIST_ROWS * BLOCK_M
+
+
+@triton.jit
 def paged_bias(
     Position, TimeBias, Cells, q_position, k_position, q_time, k_time, positions, head, position_head, time_head,
     HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr,
@@ -148,9 +155,7 @@ def paged_kernel(
     b = tl.program_id(1) // tiles_m
     m0 = (tiles_m - 1 - tl.program_id(1) % tiles_m) * BLOCK_M
     if HAS_LIST:
-        entry = tl.load(TileList + tl.program_id(1))
-        b = entry // LIST_ROWS
-        m0 = entry % LIST_ROWS * BLOCK_M
+        b, m0 = listed_tile(TileList, BLOCK_M)
     start = tl.load(QueryOffsets + b).to(tl.int64)
     count = (tl.load(QueryOffsets + b + 1) - start).to(tl.int32)
     if m0 < count:
