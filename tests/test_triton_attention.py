@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from triton_cases import BIASES, DEVICE, GPU, LIMITS, attention_case, error, reference, triton_bias, triton_ops
+from triton_cases import BIASES, DEVICE, GPU, LIMITS, attention_case, error, reference, triton_bias, triton_ops, triton_tiles
 
 UNEVEN = [1, 0, 16, 17, 33, 40]
 BLOCK_EDGES = [0, 1, 15, 16, 17, 31, 32, 33]
@@ -22,6 +22,17 @@ def test_equals_the_oracle(bias, dtype):
 @pytest.mark.parametrize("bias", ["none", "both"])
 def test_candidates_see_the_history_and_themselves(bias):
     got, expected = attention_case([40, 5, 20, 3], bias=bias, candidates=[7, 5, 0, 1], num_context=1)
+    assert error(got, expected) < 1e-5
+
+
+@cpu_only
+@pytest.mark.parametrize("bias", ["position", "both"])
+@pytest.mark.parametrize("candidates", [None, [7, 5, 0, 1]])
+def test_position_bias_added_after_the_product(bias, candidates, monkeypatch):
+    """What wide heads with both biases do, whose accumulator leaves no registers to start from the bias."""
+    tiles = triton_tiles.Tiles(16, 16, 16, after=True)
+    monkeypatch.setattr("hstu_lab.ops.triton_attention.default_tiles", lambda *arguments: tiles)
+    got, expected = attention_case([64, 5, 20, 3], bias=bias, candidates=candidates)
     assert error(got, expected) < 1e-5
 
 

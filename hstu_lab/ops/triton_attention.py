@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hstu_lab.ops.reference import RelativeBias
-from hstu_lab.ops.triton_bias import CELLS, CHUNK, load_now, plan, position_pairs, prepare_kernel, time_bias_of, with_time
+from hstu_lab.ops.triton_bias import CELLS, CHUNK, load_now, plan, position_pairs, prepare_kernel, time_bias_of, with_steps
 from hstu_lab.ops.triton_runtime import add, capability, check_dtype, interpreted, least, most, silu_of_half, use_tma
 from hstu_lab.ops.triton_tiles import Tiles, default_tiles
 
@@ -153,9 +153,14 @@ def attention_kernel(
             )  # fmt: skip
             half = scores * half_scale
             if HAS_POSITION and AFTER:
-                half += position_pairs(p_rows, p_shift, p_columns, n0, PLAIN)
+                by_position = position_pairs(p_rows, p_shift, p_columns, n0, PLAIN)
+                if HAS_TIME:
+                    by_position += value  # here, since a thread's pairs are half as many as its scores
+                half += by_position
+            elif HAS_TIME:
+                half += value
             if HAS_TIME:
-                half = with_time(half, crossed >> 8, word, value, following, steps, low, high, LADDER, PLAIN)
+                half = with_steps(half, crossed >> 8, word, value, following, steps, low, high, LADDER, PLAIN)
             weights = silu_of_half(half, EXACT).to(q.dtype)
             acc = add_values(weights, acc, VTiles, v_tile, start, n0, head, v_row, value_dims, DV, DV_PAD, TMA, PRECISION)
 

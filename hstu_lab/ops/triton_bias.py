@@ -271,9 +271,8 @@ def position_pairs(p_rows, p_shift, p_columns, n0, PLAIN: tl.constexpr):
 
 
 @triton.jit
-def with_time(half, crossed, word, value, following, steps, low, high, LADDER: tl.constexpr, PLAIN: tl.constexpr):
-    """half + half the time bias: one number, and for each bucket boundary in the tile a step at each row's own column."""
-    half = half + value
+def with_steps(half, crossed, word, value, following, steps, low, high, LADDER: tl.constexpr, PLAIN: tl.constexpr):
+    """half, which holds the tile's first time bias `value`, and for each bucket boundary a step at each row's own column."""
     for number in tl.static_range(0, LADDER):
         if crossed > number:
             if number > 0:
