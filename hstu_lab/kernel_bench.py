@@ -1,6 +1,6 @@
 """Measure the Triton kernels on the GPU that is here and write what was seen to data/measured/<device>/triton_*.json.
 
-    python -m hstu_lab.kernel_bench [--out FOLDER] [PART ...]
+    python -m hstu_lab.kernel_bench [--out FOLDER] [--resume] [PART ...]
 
 Parts: tests, ampere, attention, steps, paged, memory, calibration, special, stack; all of them by default.
 
@@ -13,6 +13,7 @@ import argparse
 import ctypes
 import dataclasses
 import functools
+import hashlib
 import os
 import pathlib
 import subprocess
@@ -471,26 +472,60 @@ PARTS = {
 }
 
 
-def run_parts(parts: dict[str, tuple[str, Callable]], command: str, out: pathlib.Path | None) -> None:
-    """Run {part: (name of its record, function of the record)}; a record is written after each of its parts."""
-    records: dict[str, measure.Record] = {}
+def source() -> str:
+    """A digest of the kernels' sources: records that name the same one are of the same code."""
+    digest = hashlib.sha256()
+    for path in sorted(pathlib.Path(reference.__file__).parent.rglob("*.*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def run_parts(parts: dict[str, tuple[str, Callable]], command: str, out: pathlib.Path | None, resume: bool = False) -> None:
+    """Run {part: (name of its record, function of the record)} in that order; a record is written after each of its parts.
+
+    A record names the parts that it holds and the `source` that they ran. With `resume`, this device's records of the same source
+    are continued, and parts that they hold are left out: a run that was cut short loses only the part it was in.
+    """
+    code, records = source(), {}
     for part, (name, run) in parts.items():
-        record = records.setdefault(name, measure.Record.here(name, command=command))
+        if name not in records:
+            records[name] = measure.Record.here(name, command=command, data={"source": code, "parts": []})
+            if resume:
+                records[name] = _begun(records[name], out) or records[name]
+        record = records[name]
+        if part in record.data["parts"]:
+            print(f"--- {part}: in {record.path} already", flush=True)
+            continue
         print(f"--- {part}", flush=True)
         with torch.no_grad():
             run(record)
         torch.cuda.empty_cache()
+        record.data["parts"].append(part)
         measure.write_record(record, out)
+
+
+def _begun(fresh: measure.Record, out: pathlib.Path | None) -> measure.Record | None:
+    """The record that an earlier run of the same source left on this device, if any."""
+    try:
+        found = measure.read_record(fresh.name, fresh.device, out)
+    except measure.MeasureError:
+        return None
+    return found if found.data.get("source") == fresh.data["source"] else None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="part", help=f"some of {', '.join(PARTS)}; default: all")
     parser.add_argument("--out", type=pathlib.Path, default=None, help="folder for the records (default: data/measured)")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out parts that the records there hold already, of the same code"
+    )
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"unknown part {unknown.pop()!r}: use some of {', '.join(PARTS)}")
-    run_parts({part: PARTS[part] for part in arguments.parts or PARTS}, "python -m hstu_lab.kernel_bench", arguments.out)
+    parts = {part: PARTS[part] for part in arguments.parts or PARTS}
+    run_parts(parts, "python -m hstu_lab.kernel_bench", arguments.out, arguments.resume)
 
 
 if __name__ == "__main__":
