@@ -57,6 +57,27 @@ def test_the_roofline_counts_instructions_as_they_are(name, bias):
     assert len(body) / scores - unlikely == pytest.approx(roofline.INSTRUCTIONS[bias], rel=0.15)
 
 
+def test_units_are_busy_for_as_long_as_their_instructions_take():
+    lines = [
+        "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;",
+        "@!P0 MUFU.TANH R4, R5 ;",
+        "FFMA R4, R4, R5, R4 ;",
+        "UMOV UR4, URZ ;",
+    ]
+    lines += ["F2FP.BF16.F32.PACK_AB R4, R5, R6 ;", "FADD.SAT R1, R2, -8 ;"]
+    clocks = triton_compile.clocks_by_unit([f"        /*{16 * at:04x}*/    {line}" for at, line in enumerate(lines)])
+    assert clocks == {"tensor cores": 64, "special functions": 8, "float32": 2, "conversions": 2, "issue": 6}
+
+
+def test_products_and_tanh_of_a_tile_take_the_same_time_at_head_width_64():
+    """64 x 64 scores: two products of 64 x 64 x 64 at 4,096 FLOP a clock, and 4,096 tanh at 16."""
+    body, scores = loop_of("attention")
+    clocks = triton_compile.clocks_by_unit(body)
+    assert scores == 32
+    assert clocks["tensor cores"] == clocks["special functions"] == 256
+    assert clocks["issue"] == len(body)
+
+
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("name", ["attention", "attention_position", "attention_bias", "extend"])
 def test_matrix_instructions_follow_each_other(name, d):

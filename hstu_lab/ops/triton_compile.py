@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import math
 import pathlib
 import re
 import subprocess
@@ -58,6 +59,31 @@ class CompiledKernel:
         inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
         bodies = [[line for line in lines[start : end + 1] if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line)] for start, end in inner]
         return max(bodies, key=lambda body: sum(f" {mnemonic}" in line for line in body))
+
+
+_LANES = {"MUFU": ("special functions", 4), "F2FP": ("conversions", 16), "I2FP": ("conversions", 16)} | dict.fromkeys(
+    ("FADD", "FMUL", "FFMA"), ("float32", 32)
+)
+
+
+def clocks_by_unit(instructions: list[str]) -> dict[str, float]:
+    """Clocks that each unit of a Hopper SM is busy with these instructions (lines of `CompiledKernel.loop`) of one warp group.
+
+    An SM has four schedulers, and each of the group's four warps is on one of its own. A scheduler issues an instruction a clock,
+    of any kind; its units take the 32 threads of a warp 32 (float32), 16 (conversions) or 4 (special functions) at a time, and
+    the tensor cores of the SM do 4,096 FLOP of a product of half precision. Source: CUDA C++ Programming Guide, throughput of
+    native arithmetic instructions, compute capability 9.0; NVIDIA H100 white paper. Waiting is not counted.
+    """
+    clocks = dict.fromkeys(("tensor cores", "special functions", "float32", "conversions", "issue"), 0.0)
+    for line in instructions:
+        word = re.search(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)(?:\.(\d+)x(\d+)x(\d+))?", line)
+        clocks["issue"] += 1
+        if word.group(1) == "HGMMA":
+            clocks["tensor cores"] += 2 * math.prod(map(int, word.groups()[1:])) / 4096
+        elif word.group(1) in _LANES:
+            unit, lanes = _LANES[word.group(1)]
+            clocks[unit] += 32 / lanes
+    return clocks
 
 
 @functools.cache
