@@ -230,6 +230,8 @@ def _attend(
     q, key_cache, value_cache, block_table, query_offsets, seq_lens, history_lens, buckets, parts, tiles, programs, tiles_m,
     divisor, bias, own, tile_list, itself: bool = True,
 ) -> None:  # fmt: skip
+    if block_table.dtype != torch.int32:  # its entries are loaded past the pipeliner, 32 bits each
+        raise TypeError(f"block_table is {block_table.dtype}: candidates take int32, give block_table.int()")
     total, heads, d = q.shape
     own_keys, own_values = own or (None, None)
     position, time = (bias.position, bias.time) if bias else (None, None)
