@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hstu_lab.config import TASKS
 from hstu_lab.model import HSTU, KVCache
 from hstu_lab.onnx_models import PartModels
 from hstu_lab.ops.reference import jagged_to_dense
@@ -23,6 +24,9 @@ from hstu_lab.tensorrt_library import why_not_here
 from hstu_lab.tokens import unpack
 
 STAGES = ("tokens", "encoder", "stack", "ranking")
+SCORES = 1 << 20
+"""Attention scores of a layer (heads x rows x columns, of all requests) that a processor ranks at once: 4 MiB. Beyond what its
+caches hold, a batch takes longer than its requests one by one."""
 
 
 class StrategyUnavailable(RuntimeError):
@@ -52,6 +56,36 @@ class Batch:
     def __len__(self) -> int:
         return len(self.histories)
 
+    @classmethod
+    def join(cls, batches: Sequence[Batch]) -> Batch:
+        """All requests of `batches`, in order; what is encoded stays so where all of it is."""
+        if len(batches) == 1:
+            return batches[0]
+        encoded = [batch.encoded for batch in batches]
+        return cls(
+            [history for batch in batches for history in batch.histories],
+            [seen for batch in batches for seen in batch.seen],
+            None if any(x is None for x in encoded) else torch.cat(encoded),
+        )
+
+    def take(self, rows: Sequence[int]) -> Batch:
+        """The requests of those rows, in that order."""
+        encoded = None
+        if self.encoded is not None:
+            parts = self.encoded.split(self.lengths.tolist())
+            encoded = torch.cat([parts[row] for row in rows])
+        return Batch([self.histories[row] for row in rows], [self.seen[row] for row in rows], encoded)
+
+    def parts(self, heads: int, columns: int) -> list[list[int]]:
+        """Rows in parts of like length, each of at most `SCORES` attention scores with `columns` candidates behind a history."""
+        parts: list[list[int]] = []
+        lengths = self.lengths.tolist()
+        for row in sorted(range(len(self)), key=lengths.__getitem__):
+            if not parts or heads * (len(parts[-1]) + 1) * (lengths[row] + columns) ** 2 > SCORES:
+                parts.append([])
+            parts[-1].append(row)
+        return parts
+
     def with_items(self, generated: Sequence[Sequence[int]]) -> Batch:
         """The same requests with the items generated so far at their ends."""
         return Batch(
@@ -67,6 +101,17 @@ def best_items(logits: Tensor, seen: Sequence[Sequence[int]], k: int) -> list[li
         row[torch.tensor(items, dtype=torch.int64, device=row.device)] = -torch.inf
     values, order = logits.sort(dim=-1, descending=True, stable=True)
     return [items[:k][value[:k] > -torch.inf].tolist() for items, value in zip(order, values)]
+
+
+def rank_in_parts(rank, batch: Batch, candidates: Tensor, heads: int, device: str) -> Tensor:
+    """Scores (B, C, 3) by `rank` (a batch, its candidates): on a CPU of parts of like length that its caches hold."""
+    parts = batch.parts(heads, candidates.shape[1]) if device == "cpu" else []
+    if len(parts) < 2:
+        return rank(batch, candidates).cpu()
+    scores = torch.empty(*candidates.shape, len(TASKS))
+    for rows in parts:
+        scores[rows] = rank(batch.take(rows), candidates[rows])
+    return scores
 
 
 class Eager:
@@ -123,7 +168,10 @@ class Eager:
     def rank(self, batch: Batch, candidates: Tensor, timer: StageTimer) -> Tensor:
         """Scores (B, C, 3) of candidate rows (B, C)."""
         with timer("ranking"):
-            return self.model.rank(*self._inputs(batch), candidates.to(self._device)).cpu()
+            return rank_in_parts(self._rank, batch, candidates, self.model.config.num_heads, self._device.type)
+
+    def _rank(self, batch: Batch, candidates: Tensor) -> Tensor:
+        return self.model.rank(*self._inputs(batch), candidates.to(self._device))
 
 
 class Parts:
@@ -174,11 +222,14 @@ class Parts:
 
     @torch.inference_mode()
     def rank(self, batch: Batch, candidates: Tensor, timer: StageTimer) -> Tensor:
-        rows, count = candidates.shape
         with timer("ranking"):
-            x, times = self._dense(batch)
-            targets = self.encode(candidates.flatten(), torch.arange(rows + 1) * count).view(rows, count, -1)
-            return self.models.rank(x, targets, times, batch.lengths.to(self.device)).cpu()
+            return rank_in_parts(self._rank, batch, candidates, self.model.config.num_heads, self.device)
+
+    def _rank(self, batch: Batch, candidates: Tensor) -> Tensor:
+        rows, count = candidates.shape
+        x, times = self._dense(batch)
+        targets = self.encode(candidates.flatten(), torch.arange(rows + 1) * count).view(rows, count, -1)
+        return self.models.rank(x, targets, times, batch.lengths.to(self.device))
 
 
 class Vllm:
@@ -196,15 +247,21 @@ class Vllm:
         inside = encoder.engines["encoder"] if encoder else "inside vLLM"
         self.engines = {"encoder": inside, "stack": name, "ranking": ranker.engines["ranking"] if encoder else name}
 
+    def encode(self, batch: Batch, timer: StageTimer) -> Tensor:
+        """Encoder output (T, d_model) of the batch's tokens."""
+        with timer("encoder"):
+            return self.encoder.encode(batch.tokens, batch.offsets)
+
     def prompts(self, batch: Batch, timer: StageTimer) -> list:
+        """What vLLM is given: tokens, or with an encoder prompt embeddings, encoded here unless they are."""
         if self.encoder is None:
             return batch.histories
         from hstu_lab.vllm_plugin.modeling import attach_token
 
-        with timer("encoder"):
-            batch.encoded = self.encoder.encode(batch.tokens, batch.offsets)
-            item, _, level, _ = unpack(batch.tokens, self.encoder.model.config)
-            return list(attach_token(batch.encoded.cpu(), level, item).split(batch.lengths.tolist()))
+        if batch.encoded is None:
+            batch.encoded = self.encode(batch, timer)
+        item, _, level, _ = unpack(batch.tokens, self.encoder.model.config)
+        return list(attach_token(batch.encoded.cpu(), level, item).split(batch.lengths.tolist()))
 
     def submit(self, batch: Batch, task: str, count: int, timer: StageTimer) -> list:
         """Futures of `hstu_lab.vllm_engine.Generated`, one a request."""
