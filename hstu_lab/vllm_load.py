@@ -112,16 +112,16 @@ def closed_loop(
     begin = end = math.inf
     left, answered = [in_flight], itertools.count(1)
 
-    def send() -> None:
+    def send(first: bool = False) -> None:
         prompt, sent = next(users), time.perf_counter()
-        submit(engine, cell, prompt).add_done_callback(lambda future: done(future, sent, len(prompt)))
+        submit(engine, cell, prompt).add_done_callback(lambda future: done(future, sent, len(prompt), first))
 
-    def done(future, sent: float, tokens: int) -> None:
+    def done(future, sent: float, tokens: int, first: bool) -> None:
         now = time.perf_counter()
         if begin <= now < end:
             latencies.append(now - sent)
             shares.append(future.result().cached_tokens / tokens)
-        if next(answered) == in_flight:
+        if first and next(answered) == in_flight:
             through.set()
         if now < end:
             send()
@@ -131,7 +131,7 @@ def closed_loop(
                 finished.set()
 
     for _ in range(in_flight):
-        send()
+        send(first=True)
     if not through.wait(FIRST_WAVE_SECONDS):
         end = -math.inf
         raise RuntimeError(f"{cell}: {next(answered) - 1} of the first {in_flight} answers within {FIRST_WAVE_SECONDS:.0f} s")

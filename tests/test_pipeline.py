@@ -162,21 +162,22 @@ async def _at_once(recommender, histories, **how):
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("task", TASK_NAMES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_answers_of_shared_batches_are_those_of_requests_alone(tiny_checkpoint, histories, strategy, task):
+def test_answers_of_shared_batches_are_those_of_requests_alone(recommender, histories, strategy, task):
     """The same items in the same order; scores within float32's error, for a padded batch adds up in another order."""
-    some = histories[3:120:6]
-    with Recommender(tiny_checkpoint, strategy=strategy, task=task, settings=Settings(batch_size=8)) as recommender:
-        alone = [recommender.recommend(history) for history in some]
-        for answer, truth in zip(asyncio.run(_at_once(recommender, some)), alone, strict=True):
-            assert answer.candidates == truth.candidates
-            assert [i.row for i in answer.items] == [i.row for i in truth.items]
-            assert [i.score for i in answer.items] == pytest.approx([i.score for i in truth.items], abs=2e-6)
-            assert set(answer.stages) == {*STAGES, *([] if strategy == "vllm" else ["waiting"])}
-        sizes = recommender.batch_sizes()
-        assert {stage for stage, *_ in sizes} == {"vllm": set(), "unified": {"encoder", "ranking"}}.get(strategy, {"answer"})
-        for stage, counts in sizes.items():
-            assert sum(size * count for size, count in counts.items()) == len(some), stage
-            assert 1 < max(counts) <= 8, stage
+    some, before = histories[3:120:8], recommender.batch_sizes()
+    alone = [recommender.recommend(history, strategy=strategy, task=task) for history in some]
+    for answer, truth in zip(asyncio.run(_at_once(recommender, some, strategy=strategy, task=task)), alone, strict=True):
+        assert answer.candidates == truth.candidates
+        assert [i.row for i in answer.items] == [i.row for i in truth.items]
+        assert [i.score for i in answer.items] == pytest.approx([i.score for i in truth.items], abs=2e-6)
+        assert set(answer.stages) == {*STAGES, *([] if strategy == "vllm" else ["waiting"])}
+    sizes = {name: counts for name, counts in recommender.batch_sizes().items() if name[1:] == (strategy, task)}
+    assert {stage for stage, *_ in sizes} == {"vllm": set(), "unified": {"encoder", "ranking"}}.get(strategy, {"answer"})
+    for name, counts in sizes.items():
+        new = {size: count - before.get(name, {}).get(size, 0) for size, count in counts.items()}
+        assert sum(size * count for size, count in new.items()) == len(some), name
+        assert max(new) > 1, name
+        assert recommender._batchers[name].most == recommender.settings.batch_size
 
 
 def _gated(runner):

@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 
 
 def bench(folder, out, only=PARTS, **changes):
-    return Bench(folder, 2, 0.1, out, options=OPTIONS, only=only, histories=(24,), sizes=(24, 16, 8), patience=100, **changes)
+    return Bench(folder, 2, 0.05, out, options=OPTIONS, only=only, histories=(24,), sizes=(24, 16, 8), patience=100, **changes)
 
 
 @pytest.mark.timeout(300)
