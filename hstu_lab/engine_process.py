@@ -147,7 +147,8 @@ class EngineProcess:
             watch.cancel()
             up, self.ready = self.ready is not None, None
             writer.close()
-            if self._stopping and up:  # one that is only starting has nothing to put away
+            if up or not self._stopping:  # one that is only starting has nothing to put away
+                # Most have ended by themselves: a signal would first ask for the status, and asyncio would never learn it.
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(process.wait(), 10)
             if process.returncode is None:

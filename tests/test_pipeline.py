@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -194,6 +193,17 @@ def _gated(runner):
     return gate, begun, sizes
 
 
+async def _first_then_others(recommender, begun, histories):
+    """Tasks of the requests, of which the first is being worked on and the others wait."""
+    tasks = [asyncio.create_task(recommender.recommend_async(histories[0]))]
+    while not begun.is_set():
+        await asyncio.sleep(0.01)
+    tasks += [asyncio.create_task(recommender.recommend_async(history)) for history in histories[1:]]
+    while len(recommender._batchers["answer", "eager", "topk"]._waiting) < len(histories) - 1:
+        await asyncio.sleep(0.01)
+    return tasks
+
+
 def test_who_cancels_and_who_is_at_fault_disturbs_nobody(tiny_checkpoint, histories):
     some = histories[10:20]
     with Recommender(tiny_checkpoint, strategy="eager") as recommender:
@@ -211,9 +221,7 @@ def test_who_cancels_and_who_is_at_fault_disturbs_nobody(tiny_checkpoint, histor
         gate, begun, sizes = _gated(runner)
 
         async def run():
-            tasks = [asyncio.create_task(recommender.recommend_async(history)) for history in some]
-            while not begun.is_set() or len(recommender._batchers["answer", "eager", "topk"]._waiting) < 9:
-                await asyncio.sleep(0.01)
+            tasks = await _first_then_others(recommender, begun, some)
             tasks[7].cancel()  # it waits
             tasks[0].cancel()  # it is being worked on
             await asyncio.sleep(0)
@@ -236,13 +244,10 @@ def test_one_at_a_time_shares_with_nobody_and_waiting_is_told(tiny_checkpoint, h
         gate, begun, sizes = _gated(recommender.runner("eager"))
 
         async def run():
-            first = asyncio.create_task(recommender.recommend_async(histories[10]))
-            while not begun.is_set():
-                await asyncio.sleep(0.01)
-            others = [asyncio.create_task(recommender.recommend_async(history)) for history in histories[11:14]]
+            tasks = await _first_then_others(recommender, begun, histories[10:14])
             await asyncio.sleep(0.3)
             gate.set()
-            return await asyncio.gather(first, *others)
+            return await asyncio.gather(*tasks)
 
         first, *others = asyncio.run(run())
         assert sizes == [1, 3]
@@ -254,16 +259,14 @@ def test_one_at_a_time_shares_with_nobody_and_waiting_is_told(tiny_checkpoint, h
 def test_closing_answers_who_is_in_flight(tiny_checkpoint, histories):
     recommender = Recommender(tiny_checkpoint, strategy="eager")
     gate, begun, _ = _gated(recommender.runner("eager"))
-    answers = []
-    thread = threading.Thread(target=lambda: answers.extend(asyncio.run(_at_once(recommender, histories[10:16]))))
-    thread.start()
-    assert begun.wait(60)
-    while len(recommender._batchers["answer", "eager", "topk"]._waiting) < 5:
-        time.sleep(0.01)
-    threading.Timer(0.05, gate.set).start()
-    recommender.close()
-    thread.join()
-    assert [len(answer.items) for answer in answers] == [10] * 6
+
+    async def run():
+        tasks = await _first_then_others(recommender, begun, histories[10:16])
+        asyncio.get_running_loop().call_later(0.05, gate.set)
+        await asyncio.to_thread(recommender.close)
+        return await asyncio.gather(*tasks)
+
+    assert [len(answer.items) for answer in asyncio.run(run())] == [10] * 6
 
 
 @pytest.mark.parametrize("strategy", ["eager", "onnx"])
