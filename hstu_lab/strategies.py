@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hstu_lab.config import TASKS
 from hstu_lab.model import HSTU, KVCache
 from hstu_lab.onnx_models import PartModels
 from hstu_lab.ops.reference import jagged_to_dense
@@ -103,15 +102,16 @@ def best_items(logits: Tensor, seen: Sequence[Sequence[int]], k: int) -> list[li
     return [items[:k][value[:k] > -torch.inf].tolist() for items, value in zip(order, values)]
 
 
-def rank_in_parts(rank, batch: Batch, candidates: Tensor, heads: int, device: str) -> Tensor:
-    """Scores (B, C, 3) by `rank` (a batch, its candidates): on a CPU of parts of like length that its caches hold."""
-    parts = batch.parts(heads, candidates.shape[1]) if device == "cpu" else []
+def in_parts(work, batch: Batch, heads: int, columns: int, device: str) -> list:
+    """What `work` (part of the batch, its rows) gives for each request: on a CPU, parts of like length that its caches hold."""
+    parts = batch.parts(heads, columns) if device == "cpu" else []
     if len(parts) < 2:
-        return rank(batch, candidates).cpu()
-    scores = torch.empty(*candidates.shape, len(TASKS))
+        return work(batch, list(range(len(batch))))
+    found: list = [None] * len(batch)
     for rows in parts:
-        scores[rows] = rank(batch.take(rows), candidates[rows])
-    return scores
+        for row, part in zip(rows, work(batch.take(rows), rows)):
+            found[row] = part
+    return found
 
 
 class Eager:
@@ -129,11 +129,16 @@ class Eager:
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return batch.tokens.to(self._device), batch.offsets.to(self._device)
 
-    def candidates(self, batch: Batch, task: str, count: int, timer: StageTimer) -> list[list[int]]:
-        return self._topk(batch, count, timer) if task == "topk" else self._slate(batch, count, timer)
-
     @torch.inference_mode()
-    def _topk(self, batch: Batch, count: int, timer: StageTimer) -> list[list[int]]:
+    def candidates(self, batch: Batch, task: str, count: int, timer: StageTimer) -> list[list[int]]:
+        if task != "topk":
+            return self._slate(batch, count, timer)
+        items = self.model.item_matrix()
+        return in_parts(
+            lambda part, _: self._topk(part, count, items, timer), batch, self.model.config.num_heads, 0, self._device.type
+        )
+
+    def _topk(self, batch: Batch, count: int, items: Tensor, timer: StageTimer) -> list[list[int]]:
         model, (tokens, offsets) = self.model, self._inputs(batch)
         lengths, longest = offsets.diff(), int(batch.lengths.max())
         with timer("encoder"):
@@ -142,9 +147,8 @@ class Eager:
         with timer("stack"):
             hidden = model.stack.dense(x, lengths, times)
             last = hidden[torch.arange(len(batch), device=hidden.device), lengths - 1]
-            return best_items(model.logits(last), batch.seen, count)
+            return best_items(model.logits(last, items), batch.seen, count)
 
-    @torch.inference_mode()
     def _slate(self, batch: Batch, count: int, timer: StageTimer) -> list[list[int]]:
         model, (tokens, offsets) = self.model, self._inputs(batch)
         one_each = torch.arange(len(batch) + 1, device=tokens.device)
@@ -168,10 +172,13 @@ class Eager:
     def rank(self, batch: Batch, candidates: Tensor, timer: StageTimer) -> Tensor:
         """Scores (B, C, 3) of candidate rows (B, C)."""
         with timer("ranking"):
-            return rank_in_parts(self._rank, batch, candidates, self.model.config.num_heads, self._device.type)
+            heads, columns = self.model.config.num_heads, candidates.shape[1]
+            return torch.stack(
+                list(in_parts(lambda p, r: self._rank(p, candidates[r]), batch, heads, columns, self._device.type))
+            )
 
     def _rank(self, batch: Batch, candidates: Tensor) -> Tensor:
-        return self.model.rank(*self._inputs(batch), candidates.to(self._device))
+        return self.model.rank(*self._inputs(batch), candidates.to(self._device)).cpu()
 
 
 class Parts:
@@ -205,7 +212,10 @@ class Parts:
 
     def candidates(self, batch: Batch, task: str, count: int, timer: StageTimer) -> list[list[int]]:
         if task == "topk":
-            return self._next(batch, count, timer)
+            with timer("encoder"):
+                batch.encoded = self.encode(batch.tokens, batch.offsets)  # the ranker reads it too
+            heads = self.model.config.num_heads
+            return in_parts(lambda part, _: self._next(part, count, timer), batch, heads, 0, self.device)
         generated: list[list[int]] = [[] for _ in batch.histories]
         with timer("encoder"):
             self._dense(batch)  # the ranker reads it too
@@ -223,13 +233,14 @@ class Parts:
     @torch.inference_mode()
     def rank(self, batch: Batch, candidates: Tensor, timer: StageTimer) -> Tensor:
         with timer("ranking"):
-            return rank_in_parts(self._rank, batch, candidates, self.model.config.num_heads, self.device)
+            heads, columns = self.model.config.num_heads, candidates.shape[1]
+            return torch.stack(list(in_parts(lambda p, r: self._rank(p, candidates[r]), batch, heads, columns, self.device)))
 
     def _rank(self, batch: Batch, candidates: Tensor) -> Tensor:
         rows, count = candidates.shape
         x, times = self._dense(batch)
         targets = self.encode(candidates.flatten(), torch.arange(rows + 1) * count).view(rows, count, -1)
-        return self.models.rank(x, targets, times, batch.lengths.to(self.device))
+        return self.models.rank(x, targets, times, batch.lengths.to(self.device)).cpu()
 
 
 class Vllm:
