@@ -15,6 +15,8 @@ import dataclasses
 import functools
 import os
 import pathlib
+import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -254,6 +256,7 @@ def main() -> int:
     if not arguments.cpu and torch.cuda.device_count() < 2:
         raise SystemExit(f"{torch.cuda.device_count()} GPUs are visible: this needs two")
     only = arguments.only.split(",")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the engines, and what they started, end as well
     with tempfile.TemporaryDirectory() as temporary:
         root = pathlib.Path(temporary)
         if arguments.cpu:
