@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from hstu_lab import measure, ops
+from hstu_lab.candidate_bench import candidates
 from hstu_lab.config import ModelConfig
 from hstu_lab.measure import Record
 from hstu_lab.model import EventEncoder, HSTUStack
 from hstu_lab.ops import reference
 from hstu_lab.tokens import level_seconds, unpack
-from hstu_lab.vllm_bench import candidates, serving_config
+from hstu_lab.vllm_load import serving_config
 
 CASES = ((8, 512), (1, 512), (16, 512), (32, 512), (8, 128), (8, 1024), (8, 2000))
 """(requests, events that are cached of each) of the decode steps."""

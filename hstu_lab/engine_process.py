@@ -147,7 +147,8 @@ class EngineProcess:
             watch.cancel()
             up, self.ready = self.ready is not None, None
             writer.close()
-            if self._stopping and up:  # one that is only starting has nothing to put away
+            if up or not self._stopping:  # one that is only starting has nothing to put away
+                # Most have ended by themselves: a signal would first ask for the status, and asyncio would never learn it.
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(process.wait(), 10)
             if process.returncode is None:
@@ -278,8 +279,7 @@ class Worker:
         if self.vllm is None:
             [items] = await asyncio.to_thread(self.runner.candidates, batch, "slate", body["count"], timer)
             return {"items": items, "cached_tokens": 0}
-        [future] = await asyncio.to_thread(self.runner.submit, batch, "slate", body["count"], timer)
-        generated = await asyncio.wrap_future(future)
+        generated = await self.recommender.generate(batch, "slate", body["count"], timer, self.settings.strategy)
         return {"items": generated.items, "cached_tokens": generated.cached_tokens}
 
     async def metrics(self, body: dict) -> dict:
@@ -294,8 +294,23 @@ class Worker:
                     lines.append(f'hstu_stage_milliseconds{{{labels},quantile="{quantile}"}} {seen[name]:.6g}')
                 lines.append(f"hstu_stage_milliseconds_sum{{{labels}}} {seen['count'] * seen['mean']:.6g}")
                 lines.append(f"hstu_stage_milliseconds_count{{{labels}}} {seen['count']}")
+        lines += _batch_lines(self.recommender.batch_sizes())
         own = [line for line in generate_latest().decode().splitlines() if "vllm:" in line]
         return {"text": "\n".join([*lines, *own]) + "\n"}
+
+
+def _batch_lines(sizes: dict[tuple[str, str, str], dict[int, int]]) -> list[str]:
+    """Prometheus histograms of batch sizes (`Recommender.batch_sizes`), with buckets of powers of two."""
+    lines = ["# TYPE hstu_batch_requests histogram"] if sizes else []
+    for (stage, strategy, task), counts in sizes.items():
+        labels, total = f'stage="{stage}",strategy="{strategy}",task="{task}"', sum(counts.values())
+        for bound in (1 << power for power in range(max(counts, default=1).bit_length() + 1)):
+            below = sum(count for size, count in counts.items() if size <= bound)
+            lines.append(f'hstu_batch_requests_bucket{{{labels},le="{bound}"}} {below}')
+        lines.append(f'hstu_batch_requests_bucket{{{labels},le="+Inf"}} {total}')
+        lines.append(f"hstu_batch_requests_sum{{{labels}}} {sum(size * count for size, count in counts.items())}")
+        lines.append(f"hstu_batch_requests_count{{{labels}}} {total}")
+    return lines
 
 
 async def serve_child(fd: int) -> None:
@@ -320,9 +335,7 @@ async def _answer_lines(reader: asyncio.StreamReader, writer: asyncio.StreamWrit
             reply = {"answer": await getattr(worker, message["kind"])(message)}
         except asyncio.CancelledError:
             if worker.vllm is not None:
-                # A thread may still be handing the request over: what it began by then is dropped too.
-                for wait in (0.0, 0.5):
-                    asyncio.get_running_loop().call_later(wait, lambda: worker.vllm.abort(set(own)))
+                worker.vllm.abort(own)
             raise
         except Exception as error:
             known = type(error).__name__ in ("RequestError", "EngineRefused")

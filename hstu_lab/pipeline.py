@@ -18,6 +18,7 @@ import logging
 import pathlib
 import statistics
 import threading
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from hstu_lab import ops as operators
+from hstu_lab.batching import Batcher
 from hstu_lab.config import ACTIONS, TASKS, ModelConfig
 from hstu_lab.events import MOVIELENS, Catalog, History
 from hstu_lab.measure import data_root
@@ -60,7 +62,11 @@ class RankedItem:
 
 @dataclasses.dataclass(frozen=True)
 class Recommendation:
-    """One answer. `candidates` are item rows before ranking; `stages` are the milliseconds of the batch it was part of."""
+    """One answer. `candidates` are item rows before ranking; `stages` are the milliseconds of the batches it was part of.
+
+    Of a request that shared them with others in flight there is one stage more, "waiting": until each batch began. `batch_size`
+    counts the requests that were ranked together.
+    """
 
     user: str
     items: list[RankedItem]
@@ -158,6 +164,8 @@ class Recommender:
         self.telemetry = Telemetry()
         self._costs: dict[tuple[str, bool, str], collections.deque[float]] = {}
         self._strategies: dict[str, Eager | Parts | Vllm] = {}
+        self._batchers: dict[tuple[str, str, str], Batcher] = {}
+        self._joining = threading.Lock()
         self._engine = None
         self._starting = threading.RLock()
 
@@ -184,24 +192,68 @@ class Recommender:
                 batch, repairs = self.prepare(part)
             candidates = runner.candidates(batch, task, self._count(task), timer)
             scores = self._rank(runner, batch, candidates, timer)
-            answers += self._answers(part, repairs, candidates, scores, task, strategy, reason, runner, timer)
+            answers += self._answers(part, repairs, candidates, scores, task, strategy, reason, runner, timer, len(part))
         return answers
 
     async def recommend_async(self, history: History, *, task: str | None = None, strategy: str | None = None) -> Recommendation:
-        """Like `recommend`, without blocking the event loop; requests in flight share vLLM's batches."""
+        """Like `recommend`, without blocking the event loop; requests in flight share batches, in vLLM and beside it."""
         task, strategy, reason = self._resolve(task, strategy, 1)
-        runner = await asyncio.to_thread(self.runner, strategy)
+        runner = self._strategies.get(strategy) or await asyncio.to_thread(self.runner, strategy)
         timer = StageTimer()
         with timer("tokens"):
             batch, repairs = self.prepare([history])
-        if isinstance(runner, Vllm):
-            futures = await asyncio.to_thread(runner.submit, batch, task, self._count(task), timer)
-            with timer("stack"):
-                candidates = [(await asyncio.wrap_future(futures[0])).items]
+        size = 1
+        if not isinstance(runner, Vllm):
+            (items, scores), size = await self._together("answer", strategy, task, batch, timer)
         else:
-            candidates = await asyncio.to_thread(runner.candidates, batch, task, self._count(task), timer)
-        scores = await asyncio.to_thread(self._rank, runner, batch, candidates, timer)
-        return self._answers([history], repairs, candidates, scores, task, strategy, reason, runner, timer)[0]
+            items = (await self.generate(batch, task, self._count(task), timer, strategy)).items
+            if runner.encoder is not None:
+                scores, size = await self._together("ranking", strategy, task, (batch, items), timer)
+            else:
+                with timer("ranking"):
+                    scores = await asyncio.wrap_future(runner.engine.submit_score(batch.histories[0], items))
+        return self._answers([history], repairs, [items], scores[None], task, strategy, reason, runner, timer, size)[0]
+
+    async def generate(self, batch: Batch, task: str, count: int, timer: StageTimer, strategy: str):
+        """vLLM's answer (`hstu_lab.vllm_engine.Generated`) to a batch of one request, encoded together with others in flight."""
+        runner = self._strategies[strategy]
+        if runner.encoder is not None:
+            batch.encoded, _ = await self._together("encoder", strategy, task, batch, timer)
+        [future] = runner.submit(batch, task, count, timer)
+        with timer("stack"):
+            return await asyncio.wrap_future(future)
+
+    # ---- what requests in flight share
+
+    async def _together(self, stage: str, strategy: str, task: str, request, timer: StageTimer) -> tuple:
+        """(`request`'s part of what is made of all that wait for that stage, how many they were); `timer` is told the times."""
+        start, name = time.perf_counter(), (stage, strategy, task)
+        with self._joining:
+            if (batcher := self._batchers.get(name)) is None:
+                work = {"answer": self._answer_all, "encoder": self._encode_all, "ranking": self._rank_all}[stage]
+                run = functools.partial(work, self._strategies[strategy], task)
+                batcher = self._batchers[name] = Batcher(run, self.settings.batch_size, " ".join(name))
+        part, stages, size = await asyncio.wrap_future(batcher.submit(request))
+        waited = (time.perf_counter() - start) * 1e3 - sum(stages.values())
+        for name, ms in (stages | {"waiting": max(waited, 0.0)}).items():
+            timer.stages[name] = timer.stages.get(name, 0.0) + ms
+        return part, size
+
+    def _answer_all(self, runner: Eager | Parts, task: str, batches: list[Batch]) -> list[tuple]:
+        batch, timer = Batch.join(batches), StageTimer()
+        candidates = runner.candidates(batch, task, self._count(task), timer)
+        scores = self._rank(runner, batch, candidates, timer)
+        return [(part, timer.stages, len(batch)) for part in zip(candidates, scores)]
+
+    def _encode_all(self, runner: Vllm, _: str, batches: list[Batch]) -> list[tuple]:
+        batch, timer = Batch.join(batches), StageTimer()
+        encoded = runner.encode(batch, timer)
+        return [(part, timer.stages, len(batch)) for part in encoded.split(batch.lengths.tolist())]
+
+    def _rank_all(self, runner: Vllm, _: str, requests: list[tuple[Batch, list[int]]]) -> list[tuple]:
+        batches, candidates = zip(*requests)
+        batch, timer = Batch.join(batches), StageTimer()
+        return [(part, timer.stages, len(batch)) for part in self._rank(runner, batch, candidates, timer)]
 
     # ---- stages
 
@@ -259,15 +311,17 @@ class Recommender:
         return max(self.config.num_candidates, self.settings.num_items) if task == "topk" else self.config.slate_size
 
     @staticmethod
-    def _rank(runner: Eager | Parts | Vllm, batch: Batch, candidates: list[list[int]], timer: StageTimer) -> Tensor:
+    def _rank(runner: Eager | Parts | Vllm, batch: Batch, candidates: Sequence[list[int]], timer: StageTimer) -> Tensor:
         padded = torch.zeros(len(batch), max(1, *map(len, candidates)), dtype=torch.int64)
         for row, items in zip(padded, candidates):
             row[: len(items)] = torch.tensor(items, dtype=torch.int64)
         return runner.rank(batch, padded, timer)
 
-    def _answers(self, histories, repairs, candidates, scores, task, strategy, reason, runner, timer) -> list[Recommendation]:
+    def _answers(
+        self, histories, repairs, candidates, scores, task, strategy, reason, runner, timer, size
+    ) -> list[Recommendation]:
         weights = np.asarray(self.config.task_weights)
-        stages = {stage: timer.stages.get(stage, 0.0) for stage in STAGES}
+        stages = dict.fromkeys(STAGES, 0.0) | timer.stages
         engines = {"tokens": "Python"} | runner.engines
         answers = []
         for history, repaired, items, probabilities in zip(histories, repairs, candidates, scores.numpy()):
@@ -275,17 +329,15 @@ class Recommender:
             order = sorted(range(len(items)), key=lambda i: (-totals[i], items[i]))[: self.settings.num_items]
             ranked = [self._ranked(items[i], float(totals[i]), probabilities[i].tolist()) for i in order]
             answers.append(
-                Recommendation(
-                    str(history.user), ranked, items, task, strategy, engines, stages, repaired, len(histories), reason
-                )
+                Recommendation(str(history.user), ranked, items, task, strategy, engines, stages, repaired, size, reason)
             )
         total = sum(stages.values())
         self.telemetry.observe(strategy, stages, total, requests=len(histories))
         for repaired in repairs:
             for name, count in repaired.items():
                 self.telemetry.count(name, count)
-        costs = self._costs.setdefault((task, len(histories) > 1, strategy), collections.deque(maxlen=50))
-        costs.append(total / len(histories))
+        costs = self._costs.setdefault((task, size > 1, strategy), collections.deque(maxlen=50))
+        costs.append((total - stages.get("waiting", 0.0)) / size)
         return answers
 
     def _ranked(self, row: int, total: float, probabilities: list[float]) -> RankedItem:
@@ -396,13 +448,23 @@ class Recommender:
         if strategy not in (*STRATEGIES, "auto"):
             raise RequestError(f"strategy {strategy!r} is unknown; use auto or one of {', '.join(STRATEGIES)}")
 
+    def batch_sizes(self) -> dict[tuple[str, str, str], dict[int, int]]:
+        """(stage, strategy, task) -> {size: how many batches of requests in flight had it}; vLLM's own batches are not here.
+
+        Stage "answer" is everything behind the tokens.
+        """
+        return {name: dict(batcher.sizes) for name, batcher in list(self._batchers.items())}
+
     def forget_prefixes(self) -> None:
         """Empty vLLM's prefix cache, where the engine runs, so that the next requests pay for their whole histories."""
         if self._engine is not None:
             self._engine.reset_prefix_cache()
 
     def close(self) -> None:
-        """Stop every engine."""
+        """Answer what waits in this class, then stop every engine."""
+        for batcher in self._batchers.values():
+            batcher.close()
+        self._batchers.clear()
         for runner in self._strategies.values():
             if isinstance(runner, Parts):
                 runner.close()

@@ -23,6 +23,9 @@ from hstu_lab.tensorrt_library import why_not_here
 from hstu_lab.tokens import unpack
 
 STAGES = ("tokens", "encoder", "stack", "ranking")
+SCORES = 1 << 20
+"""Attention scores of a layer (heads x rows x columns, of all requests) that a processor ranks at once: 4 MiB. Beyond what its
+caches hold, a batch takes longer than its requests one by one."""
 
 
 class StrategyUnavailable(RuntimeError):
@@ -52,6 +55,36 @@ class Batch:
     def __len__(self) -> int:
         return len(self.histories)
 
+    @classmethod
+    def join(cls, batches: Sequence[Batch]) -> Batch:
+        """All requests of `batches`, in order; what is encoded stays so where all of it is."""
+        if len(batches) == 1:
+            return batches[0]
+        encoded = [batch.encoded for batch in batches]
+        return cls(
+            [history for batch in batches for history in batch.histories],
+            [seen for batch in batches for seen in batch.seen],
+            None if any(x is None for x in encoded) else torch.cat(encoded),
+        )
+
+    def take(self, rows: Sequence[int]) -> Batch:
+        """The requests of those rows, in that order."""
+        encoded = None
+        if self.encoded is not None:
+            parts = self.encoded.split(self.lengths.tolist())
+            encoded = torch.cat([parts[row] for row in rows])
+        return Batch([self.histories[row] for row in rows], [self.seen[row] for row in rows], encoded)
+
+    def parts(self, heads: int, columns: int) -> list[list[int]]:
+        """Rows in parts of like length, each of at most `SCORES` attention scores with `columns` candidates behind a history."""
+        parts: list[list[int]] = []
+        lengths = self.lengths.tolist()
+        for row in sorted(range(len(self)), key=lengths.__getitem__):
+            if not parts or heads * (len(parts[-1]) + 1) * (lengths[row] + columns) ** 2 > SCORES:
+                parts.append([])
+            parts[-1].append(row)
+        return parts
+
     def with_items(self, generated: Sequence[Sequence[int]]) -> Batch:
         """The same requests with the items generated so far at their ends."""
         return Batch(
@@ -69,6 +102,18 @@ def best_items(logits: Tensor, seen: Sequence[Sequence[int]], k: int) -> list[li
     return [items[:k][value[:k] > -torch.inf].tolist() for items, value in zip(order, values)]
 
 
+def in_parts(work, batch: Batch, heads: int, columns: int, device: str) -> list:
+    """What `work` (part of the batch, its rows) gives for each request: on a CPU, parts of like length that its caches hold."""
+    parts = batch.parts(heads, columns) if device == "cpu" else []
+    if len(parts) < 2:
+        return work(batch, list(range(len(batch))))
+    found: list = [None] * len(batch)
+    for rows in parts:
+        for row, part in zip(rows, work(batch.take(rows), rows)):
+            found[row] = part
+    return found
+
+
 class Eager:
     """PyTorch throughout: a dense pass for topk, a paged cache for slate."""
 
@@ -84,11 +129,16 @@ class Eager:
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return batch.tokens.to(self._device), batch.offsets.to(self._device)
 
-    def candidates(self, batch: Batch, task: str, count: int, timer: StageTimer) -> list[list[int]]:
-        return self._topk(batch, count, timer) if task == "topk" else self._slate(batch, count, timer)
-
     @torch.inference_mode()
-    def _topk(self, batch: Batch, count: int, timer: StageTimer) -> list[list[int]]:
+    def candidates(self, batch: Batch, task: str, count: int, timer: StageTimer) -> list[list[int]]:
+        if task != "topk":
+            return self._slate(batch, count, timer)
+        items = self.model.item_matrix()
+        return in_parts(
+            lambda part, _: self._topk(part, count, items, timer), batch, self.model.config.num_heads, 0, self._device.type
+        )
+
+    def _topk(self, batch: Batch, count: int, items: Tensor, timer: StageTimer) -> list[list[int]]:
         model, (tokens, offsets) = self.model, self._inputs(batch)
         lengths, longest = offsets.diff(), int(batch.lengths.max())
         with timer("encoder"):
@@ -97,9 +147,8 @@ class Eager:
         with timer("stack"):
             hidden = model.stack.dense(x, lengths, times)
             last = hidden[torch.arange(len(batch), device=hidden.device), lengths - 1]
-            return best_items(model.logits(last), batch.seen, count)
+            return best_items(model.logits(last, items), batch.seen, count)
 
-    @torch.inference_mode()
     def _slate(self, batch: Batch, count: int, timer: StageTimer) -> list[list[int]]:
         model, (tokens, offsets) = self.model, self._inputs(batch)
         one_each = torch.arange(len(batch) + 1, device=tokens.device)
@@ -123,7 +172,13 @@ class Eager:
     def rank(self, batch: Batch, candidates: Tensor, timer: StageTimer) -> Tensor:
         """Scores (B, C, 3) of candidate rows (B, C)."""
         with timer("ranking"):
-            return self.model.rank(*self._inputs(batch), candidates.to(self._device)).cpu()
+            heads, columns = self.model.config.num_heads, candidates.shape[1]
+            return torch.stack(
+                list(in_parts(lambda p, r: self._rank(p, candidates[r]), batch, heads, columns, self._device.type))
+            )
+
+    def _rank(self, batch: Batch, candidates: Tensor) -> Tensor:
+        return self.model.rank(*self._inputs(batch), candidates.to(self._device)).cpu()
 
 
 class Parts:
@@ -157,7 +212,10 @@ class Parts:
 
     def candidates(self, batch: Batch, task: str, count: int, timer: StageTimer) -> list[list[int]]:
         if task == "topk":
-            return self._next(batch, count, timer)
+            with timer("encoder"):
+                batch.encoded = self.encode(batch.tokens, batch.offsets)  # the ranker reads it too
+            heads = self.model.config.num_heads
+            return in_parts(lambda part, _: self._next(part, count, timer), batch, heads, 0, self.device)
         generated: list[list[int]] = [[] for _ in batch.histories]
         with timer("encoder"):
             self._dense(batch)  # the ranker reads it too
@@ -174,11 +232,15 @@ class Parts:
 
     @torch.inference_mode()
     def rank(self, batch: Batch, candidates: Tensor, timer: StageTimer) -> Tensor:
-        rows, count = candidates.shape
         with timer("ranking"):
-            x, times = self._dense(batch)
-            targets = self.encode(candidates.flatten(), torch.arange(rows + 1) * count).view(rows, count, -1)
-            return self.models.rank(x, targets, times, batch.lengths.to(self.device)).cpu()
+            heads, columns = self.model.config.num_heads, candidates.shape[1]
+            return torch.stack(list(in_parts(lambda p, r: self._rank(p, candidates[r]), batch, heads, columns, self.device)))
+
+    def _rank(self, batch: Batch, candidates: Tensor) -> Tensor:
+        rows, count = candidates.shape
+        x, times = self._dense(batch)
+        targets = self.encode(candidates.flatten(), torch.arange(rows + 1) * count).view(rows, count, -1)
+        return self.models.rank(x, targets, times, batch.lengths.to(self.device)).cpu()
 
 
 class Vllm:
@@ -196,15 +258,21 @@ class Vllm:
         inside = encoder.engines["encoder"] if encoder else "inside vLLM"
         self.engines = {"encoder": inside, "stack": name, "ranking": ranker.engines["ranking"] if encoder else name}
 
+    def encode(self, batch: Batch, timer: StageTimer) -> Tensor:
+        """Encoder output (T, d_model) of the batch's tokens."""
+        with timer("encoder"):
+            return self.encoder.encode(batch.tokens, batch.offsets)
+
     def prompts(self, batch: Batch, timer: StageTimer) -> list:
+        """What vLLM is given: tokens, or with an encoder prompt embeddings, encoded here unless they are."""
         if self.encoder is None:
             return batch.histories
         from hstu_lab.vllm_plugin.modeling import attach_token
 
-        with timer("encoder"):
-            batch.encoded = self.encoder.encode(batch.tokens, batch.offsets)
-            item, _, level, _ = unpack(batch.tokens, self.encoder.model.config)
-            return list(attach_token(batch.encoded.cpu(), level, item).split(batch.lengths.tolist()))
+        if batch.encoded is None:
+            batch.encoded = self.encode(batch, timer)
+        item, _, level, _ = unpack(batch.tokens, self.encoder.model.config)
+        return list(attach_token(batch.encoded.cpu(), level, item).split(batch.lengths.tolist()))
 
     def submit(self, batch: Batch, task: str, count: int, timer: StageTimer) -> list:
         """Futures of `hstu_lab.vllm_engine.Generated`, one a request."""

@@ -8,14 +8,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import math
+import pathlib
 import random
 import threading
 import time
+from collections.abc import Callable
 
-from hstu_lab.config import ModelConfig
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from hstu_lab.config import ModelConfig, preset
+from hstu_lab.model import EventEncoder, HSTUStack, SavedConfig, TaskHeads
 from hstu_lab.tokens import pack
 
+FIRST_WAVE_SECONDS = 120.0
 TASKS = {"topk": 100, "slate": 10}
 """Items that one request asks for."""
 
@@ -63,6 +72,22 @@ class Users:
         return self.base[next(self.turn)] + self._events(1) + self.tail[1:]
 
 
+def random_histories(config: ModelConfig, count: int, length: int, seed: int) -> list[list[int]]:
+    """So many cold prompts of `length` events."""
+    users = Users(config, Cell("topk", length, 0.0), 1, seed)
+    return [users._events(length) for _ in range(count)]
+
+
+def seconds_of(run: Callable[[], object], repeats: int, clock: Callable[[], float] = time.perf_counter) -> tuple[float, ...]:
+    """Seconds that each of so many runs took by that clock."""
+    samples = []
+    for _ in range(repeats):
+        start = clock()
+        run()
+        samples.append(clock() - start)
+    return tuple(samples)
+
+
 def submit(engine, cell: Cell, prompt: list[int]):
     send = engine.submit_topk if cell.task == "topk" else engine.submit_slate
     return send(prompt, [], TASKS[cell.task])
@@ -75,21 +100,29 @@ def fill(engine, cell: Cell, users: Users) -> None:
             future.result()
 
 
-def closed_loop(engine, cell: Cell, users: Users, in_flight: int, seconds: float, ramp: float = 0.5) -> Outcome:
-    """Keep `in_flight` requests in the engine. Once all are there, count those that finish in the `seconds` after `ramp`."""
-    latencies, shares, finished = [], [], threading.Event()
+def closed_loop(
+    engine, cell: Cell, users: Users, in_flight: int, seconds: float, when: Callable[[], float] = time.perf_counter
+) -> Outcome:
+    """Keep `in_flight` requests in the engine; count those that finish within `seconds` once the first of each is answered.
+
+    So a kernel that is compiled for the first of them is no part of the rate. `when` is asked then, and tells at which
+    `time.perf_counter()` to begin. Raises RuntimeError where the first answers do not come within FIRST_WAVE_SECONDS.
+    """
+    latencies, shares, through, finished = [], [], threading.Event(), threading.Event()
     begin = end = math.inf
-    left = [in_flight]
+    left, answered = [in_flight], itertools.count(1)
 
-    def send() -> None:
+    def send(first: bool = False) -> None:
         prompt, sent = next(users), time.perf_counter()
-        submit(engine, cell, prompt).add_done_callback(lambda future: done(future, sent, len(prompt)))
+        submit(engine, cell, prompt).add_done_callback(lambda future: done(future, sent, len(prompt), first))
 
-    def done(future, sent: float, tokens: int) -> None:
+    def done(future, sent: float, tokens: int, first: bool) -> None:
         now = time.perf_counter()
         if begin <= now < end:
             latencies.append(now - sent)
             shares.append(future.result().cached_tokens / tokens)
+        if first and next(answered) == in_flight:
+            through.set()
         if now < end:
             send()
         else:
@@ -98,10 +131,12 @@ def closed_loop(engine, cell: Cell, users: Users, in_flight: int, seconds: float
                 finished.set()
 
     for _ in range(in_flight):
-        send()
-    # Not before: on a busy machine the first may have come back before the last is sent.
-    begin = time.perf_counter() + ramp
-    end = begin + seconds
+        send(first=True)
+    if not through.wait(FIRST_WAVE_SECONDS):
+        end = -math.inf
+        raise RuntimeError(f"{cell}: {next(answered) - 1} of the first {in_flight} answers within {FIRST_WAVE_SECONDS:.0f} s")
+    start = when()
+    begin, end = start, start + seconds
     finished.wait()
     return Outcome(seconds, latencies, sum(shares) / max(len(shares), 1))
 
@@ -128,3 +163,31 @@ def open_loop(engine, cell: Cell, users: Users, rate: float, seconds: float, see
     for future in waiting:
         future.result()
     return Outcome(seconds, latencies, sum(shares) / max(len(shares), 1))
+
+
+# ---- a model to load
+
+
+def serving_config(name: str = "gr-3b", **changes) -> ModelConfig:
+    """The preset without side features and users: the stack, the item table and the heads, which is what the engine holds."""
+    return preset(name).replace(num_users=0, side_features=(), **changes)
+
+
+def random_checkpoint(config: ModelConfig, folder: pathlib.Path, dtype: torch.dtype, device: str = "cpu") -> pathlib.Path:
+    """A checkpoint of random weights that vLLM can load, written to `folder`; biases and tables are no zeros."""
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        parts = nn.ModuleDict({"encoder": EventEncoder(config), "stack": HSTUStack(config), "heads": TaskHeads(config)})
+        for name, parameter in parts.named_parameters():
+            if "bias" in name or "down" in name:
+                nn.init.normal_(parameter, std=0.02)
+        tensors = {name: tensor.to(dtype) for name, tensor in parts.state_dict().items()}
+        for name, rows in config.tables:
+            tensors[f"tables.embeddings.{name}.weight"] = (torch.randn(rows, config.d_model) * 0.1).to(dtype)
+        tensors["tables.item_features"] = torch.zeros(len(config.side_features), config.num_items, dtype=torch.int64)
+        tensors["known_items"] = torch.arange(config.num_items) > 0
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"config": config.to_json(), "format": "pt"})
+    (folder / "config.json").write_text(json.dumps(SavedConfig(config).to_dict(), indent=1) + "\n")
+    return folder

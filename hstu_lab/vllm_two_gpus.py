@@ -1,6 +1,6 @@
 """Measure one model on two GPUs and write what was seen to data/measured/<device>/vllm_two_gpus.json.
 
-    python -m hstu_lab.vllm_two_gpus [--out FOLDER] [--seconds 1]
+    python -m hstu_lab.vllm_two_gpus [--out FOLDER] [--seconds 1] [--only PART,PART] [--cpu]
 
 Two ways are vLLM's own: tensor parallel (every GPU holds half of each layer's heads) and data parallel (an engine a GPU behind
 one asynchronous front end). The third is an engine's process after another, half of them on each GPU. All must answer alike.
@@ -10,23 +10,30 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import functools
-import multiprocessing
 import os
 import pathlib
+import signal
+import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 
 import torch
 
 from hstu_lab import measure
 from hstu_lab.measure import Record
-from hstu_lab.vllm_bench import OPTIONS, Replicas, random_checkpoint, random_histories, serving_config
+from hstu_lab.model import load_config
+from hstu_lab.vllm_bench import OPTIONS
 from hstu_lab.vllm_engine import ENVIRONMENT, EngineOptions, engine_arguments, loop_sizes
-from hstu_lab.vllm_load import TASKS, Cell, Users
+from hstu_lab.vllm_load import TASKS, Cell, Users, random_checkpoint, random_histories, serving_config
+from hstu_lab.vllm_replicas import Replicas, keep, replica, resumed
 
+PARTS = ("answers", "tensor", "data", "replicas")
+"""In this order: equal lists; steps and rate of tensor parallelism; rate of data parallelism; rate of independent engines."""
 EXACT = EngineOptions(
     kv_cache_memory_bytes=1 << 30, dtype="float32", ops="triton", cuda_graphs="FULL", prompt_embeds=False, graph_tokens=256,
 )  # fmt: skip
@@ -84,194 +91,180 @@ def data_parallel(connection, folder: pathlib.Path, options: EngineOptions, size
     """A process with vLLM's data parallelism over `size` engines: answers lists, or takes load."""
 
     async def serve() -> None:
-        engine = DataParallel(folder, options, size)
+        engine, config = DataParallel(folder, options, size), load_config(folder)
         await engine.start()
-        config = serving_config_of(folder)
         await asyncio.gather(*(engine.topk(p, 100) for p in random_histories(config, 64, config.max_history // 2, size)))
         connection.send("ready")
         while (order := await asyncio.to_thread(connection.recv)) is not None:
-            if isinstance(order, list):
-                connection.send([await asyncio.gather(*(engine.topk(prompt, 20) for prompt in order))])
+            word, *arguments = order
+            if word == "lists":
+                connection.send([await asyncio.gather(*(engine.topk(prompt, 20) for prompt in arguments[0]))])
             else:
-                connection.send(await engine.load(config, *order))
+                connection.send(await engine.load(config, *arguments))
         engine.engine.shutdown()
 
     try:
         asyncio.run(serve())
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
-        connection.send("failed")
+        with contextlib.suppress(OSError):
+            connection.send(f"failed: {error!r}")
 
 
-def serving_config_of(folder: pathlib.Path):
-    """The config of a checkpoint."""
-    from hstu_lab.model import load_config
+class TwoGpus:
+    """Every way to run one model on two GPUs; each part is a method, and independent of the others' failures.
 
-    return load_config(folder)
-
-
-class Served:
-    """Engines of one kind in processes of their own, started at once and used one kind after another."""
-
-    def __init__(self, name: str, make):
-        self.name, self.group, self.up = name, None, False
-        try:
-            self.group = make()
-        except Exception:
-            traceback.print_exc()
-
-    def start(self, seconds: float) -> None:
-        if self.group is None:
-            return
-        try:
-            self.group.start(seconds)
-            self.up = True
-        except Exception as error:
-            print(f"{self.name}: {error}", flush=True)
-
-
-class OneProcess(Replicas):
-    """`Replicas` of one process, of any function."""
-
-    def __init__(self, target, *arguments):
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        self.pipes, self.processes = [ours], [context.Process(target=target, args=(theirs, *arguments))]
-        self.processes[0].start()
-
-    def ask(self, order, seconds: float = 60):
-        self.pipes[0].send(order)
-        if not self.pipes[0].poll(seconds):
-            raise RuntimeError(f"no answer within {seconds} s")
-        answer = self.pipes[0].recv()
-        if answer == "failed":
-            raise RuntimeError("the process failed: see its messages above")
-        return answer
-
-
-def answers(record: Record, engines: dict[str, Served], prompts: list[list[int]]) -> None:
-    """How many lists of each way equal the first way's, which is one engine on one GPU."""
-    expected = None
-    for name, served in engines.items():
-        if not served.up:
-            continue
-        seen = served.group.ask(prompts)
-        expected = expected or seen
-        for task, lists, wanted in zip(("topk", "slate"), seen, expected):
-            equal = sum(a == b for a, b in zip(lists, wanted))
-            record.data.setdefault("equal lists", {})[f"{name}, {task}"] = f"{equal} of {len(wanted)}"
-            print(f"{name:28s} {task:6s} lists equal: {equal} of {len(wanted)}", flush=True)
-
-
-def run(
-    out: pathlib.Path | None, seconds: float, exact: EngineOptions = EXACT, options: EngineOptions = OPTIONS,
-    preset: str = "gr-3b", replicas: int = 4, dtype: torch.dtype = torch.bfloat16, history: int = 512, note: str = "",
-    patience: float = 85,
-) -> Record:  # fmt: skip
-    """Answers first, then times; every part is independent of the others' failures.
-
-    Engines that are not up after `patience` seconds are left out.
+    The engines that are compared start together, and each part waits for its own, until `patience` seconds after the start. The
+    independent engines, which are many, start when the others have gone: then all processors, and both GPUs, are theirs.
     """
-    from hstu_lab.vllm_bench import replica
 
-    record = Record.here("vllm_two_gpus", command=f"python -m hstu_lab.vllm_two_gpus --seconds {seconds}", note=note)
-    record.data |= {"options": dataclasses.asdict(options), "exact": dataclasses.asdict(exact), "replicas a GPU": replicas}
-    parallel = functools.partial(dataclasses.replace, tensor_parallel_size=2)
-    with tempfile.TemporaryDirectory() as temporary:
-        root = pathlib.Path(temporary)
-        small = random_checkpoint(serving_config("small"), root / "small", torch.float32)
-        large = random_checkpoint(serving_config(preset), root / preset, dtype)
-        config = serving_config("small")
-        same = {
-            "one engine": Served("one", lambda: OneProcess(replica, small, exact, 0, 1, 64)),
-            "tensor parallel, 2 GPUs": Served("tp", lambda: OneProcess(replica, small, parallel(exact), 0, 1, 64)),
-            "data parallel, 2 GPUs": Served("dp", lambda: OneProcess(data_parallel, small, exact, 2)),
+    def __init__(
+        self, root: pathlib.Path, seconds: float, out: pathlib.Path | None, note: str = "", exact: EngineOptions = EXACT,
+        options: EngineOptions = OPTIONS, preset: str = "gr-3b", replicas: int = 4, dtype: torch.dtype = torch.bfloat16,
+        history: int = 512, patience: float = 240, only: Sequence[str] = PARTS,
+    ):  # fmt: skip
+        if unknown := set(only) - set(PARTS):
+            raise SystemExit(f"--only {sorted(unknown)[0]}: there are {', '.join(PARTS)}")
+        self.only, self.seconds, self.out, self.count, self.options = only, seconds, out, replicas, options
+        self.cells = [Cell(task, history, 0.0) for task in TASKS]
+        self.record = Record.here("vllm_two_gpus", command=f"python -m hstu_lab.vllm_two_gpus --seconds {seconds}", note=note)
+        if set(only) != set(PARTS):
+            self.record = resumed(self.record, out)
+        self.record.data |= {
+            "options": dataclasses.asdict(options), "exact": dataclasses.asdict(exact), "replicas a GPU": replicas,
+            "parts": self.record.data.get("parts", {}) | dict.fromkeys(only, "not reached"),
+        }  # fmt: skip
+        self.small = random_checkpoint(serving_config("small"), root / "small", torch.float32)
+        self.large = random_checkpoint(serving_config(preset), root / preset, dtype)
+        self.start, self.patience = time.monotonic(), patience
+        two = functools.partial(dataclasses.replace, tensor_parallel_size=2)
+        ways = {
+            "answers": {
+                "one engine": self._engine(self.small, exact),
+                "tensor parallel, 2 GPUs": self._engine(self.small, two(exact)),
+                "data parallel, 2 GPUs": (data_parallel, self.small, exact, 2),
+            },
+            "tensor": {"1 GPU": self._engine(self.large, options), "2 GPUs": self._engine(self.large, two(options))},
+            "data": {"1 GPU": (data_parallel, self.large, options, 1), "2 GPUs": (data_parallel, self.large, options, 2)},
         }
-        timed = {
-            "tp": Served("tensor parallel", lambda: OneProcess(replica, large, parallel(options), 0, 1, 64)),
-            "dp1": Served("data parallel 1", lambda: OneProcess(data_parallel, large, options, 1)),
-            "dp2": Served("data parallel 2", lambda: OneProcess(data_parallel, large, options, 2)),
-            "replicas": Served("replicas", lambda: Replicas(2 * replicas, large, options, gpus=2)),
+        self.ways = {
+            part: {
+                name: Replicas(1, lambda _, arguments=arguments: arguments, target, daemon=False, patience=patience)
+                for name, (target, *arguments) in each.items()
+            }
+            for part, each in ways.items()
+            if part in only
         }
-        deadline = time.time() + patience
-        for served in (*same.values(), *timed.values()):
-            served.start(max(deadline - time.time(), 0.1))
-        print(f"--- started within {time.time() - deadline + patience:.0f} s", flush=True)
-        prompts = random_histories(config, 200, config.max_history // 2, 5)
-        parts = {
-            "answers": lambda: answers(record, same, prompts),
-            "tensor parallel": lambda: tensor_parallel(record, timed, history, seconds),
-            "replicas": lambda: replicas_of_two(record, timed["replicas"].group, history, seconds),
-            "data parallel": lambda: asynchronous(record, timed, history, seconds),
-        }
-        for name, part in parts.items():
-            try:
-                part()
-            except Exception as error:
-                print(f"{name}: {error!r}", flush=True)
-            measure.write_record(record, out)
-        for served in (*same.values(), *timed.values()):
-            if served.group is not None:
-                served.group.close()
-    return record
 
+    def _engine(self, folder: pathlib.Path, options: EngineOptions, number: int = 0, total: int = 1, gpu: int | None = None):
+        return replica, folder, options, number, total, gpu, self.cells
 
-def note_load(record: Record, name: str, rate: float) -> None:
-    record.data.setdefault("requests/s", {})[name] = rate
-    print(f"{name:56s} {rate:7.0f} requests/s", flush=True)
-
-
-def tensor_parallel(record: Record, timed: dict[str, Served], history: int, seconds: float) -> None:
-    """Steps, lists and throughput of one engine on one GPU and on two."""
-    cell = Cell("topk", history, 0.0)
-    for name, group in (("1 GPU", timed["replicas"].group), ("tensor parallel, 2 GPUs", timed["tp"].group)):
-        every = group.pipes
-        group.pipes = every[:1]
+    def run(self) -> list[str]:
+        """Every part of `only`; those that failed."""
+        failed = []
         try:
-            found = group.tell("step", first_only=True)[0]
-            record.measurements += [dataclasses.replace(m, name=f"{m.name}, {name}") for m in found]
-            note_load(record, f"{cell}, one engine, {name}", group.run(cell, seconds)["requests/s"])
+            for part in (part for part in PARTS if part in self.only):
+                print(f"--- {part}, {time.monotonic() - self.start:.0f} s after the start", flush=True)
+                said = "measured"
+                try:
+                    getattr(self, part)()
+                except Exception as error:
+                    traceback.print_exc()
+                    failed.append(part)
+                    said = f"failed: {error}"
+                self.record.data["parts"][part] = said
+                measure.write_record(self.record, self.out)
         finally:
-            group.pipes = every
+            self._close()
+        print(
+            f"--- done, {time.monotonic() - self.start:.0f} s after the start; failed: {', '.join(failed) or 'none'}", flush=True
+        )
+        return failed
+
+    def _close(self) -> None:
+        for each in self.ways.values():
+            for group in each.values():
+                group.close()
+        self.ways.clear()
+
+    def _ready(self, part: str) -> dict[str, Replicas]:
+        """The engines of a part that are up in time; what keeps the others is printed."""
+        for name, group in self.ways[part].items():
+            print(f"{part}: {name}", end=": ", flush=True)
+            with contextlib.suppress(RuntimeError):
+                group.start(max(self.start + self.patience - time.monotonic(), 0))
+        if missing := [name for name, group in self.ways[part].items() if group.every[0].gone]:
+            self.record.data.setdefault("not up in time", {})[part] = missing
+        return {name: group for name, group in self.ways[part].items() if not group.every[0].gone}
+
+    def _rate(self, name: str, rate: float) -> None:
+        self.record.data.setdefault("requests/s", {})[name] = rate
+        print(f"{name:56s} {rate:7.0f} requests/s", flush=True)
+
+    def answers(self) -> None:
+        """How many lists of each way equal the first way's, which is one engine on one GPU."""
+        config = load_config(self.small)
+        prompts = random_histories(config, 200, config.max_history // 2, 5)
+        seen = {name: group.tell("lists", prompts)[0] for name, group in self._ready("answers").items()}
+        expected = seen["one engine"]
+        for name, answers in seen.items():
+            for task, lists, wanted in zip(("topk", "slate"), answers, expected):
+                equal = sum(a == b for a, b in zip(lists, wanted))
+                self.record.data.setdefault("equal lists", {})[f"{name}, {task}"] = f"{equal} of {len(wanted)}"
+                print(f"{name:28s} {task:6s} lists equal: {equal} of {len(wanted)}", flush=True)
+
+    def tensor(self) -> None:
+        """Steps and throughput of one engine on one GPU and, tensor parallel, on two."""
+        for name, group in self._ready("tensor").items():
+            found = group.tell("step")[0]
+            keep(self.record, [dataclasses.replace(m, name=f"{m.name}, one engine, {name}") for m in found])
+            for cell in self.cells:
+                self._rate(f"{cell}, one engine, {name}", group.run(cell, self.seconds)["requests/s"])
+
+    def data(self) -> None:
+        """Requests/s through vLLM's asynchronous front end, over one engine and, data parallel, two."""
+        for name, group in self._ready("data").items():
+            self._rate(f"{self.cells[0]}, vLLM's front end, {name}", group.tell("rate", self.cells[0], 256, self.seconds)[0])
+
+    def replicas(self) -> None:
+        """Requests/s of independent engines that share one GPU, and of as many on each of two."""
+        self._close()
+        total = 2 * self.count
+        gpus = 2 if torch.cuda.device_count() > 1 else 1
+        group = Replicas(
+            total, lambda i: self._engine(self.large, self.options, i, total, i % gpus if gpus > 1 else None)[1:],
+            patience=self.patience,
+        )  # fmt: skip
+        try:
+            group.start(self.patience)
+            for cell in self.cells:
+                for members, on in ((group.every[::2], "1 GPU"), (group.every, f"{gpus} GPU(s)")):
+                    seen = group.some(members).run(cell, self.seconds)
+                    self._rate(f"{cell}, {seen['replicas']} engines, {on}", seen["requests/s"])
+        finally:
+            group.close()
 
 
-def replicas_of_two(record: Record, group: Replicas, history: int, seconds: float) -> None:
-    """Requests/s of half of the replicas, which share one GPU, and of all."""
-    every = group.pipes
-    for task in TASKS:
-        cell = Cell(task, history, 0.0)
-        for count in (len(every) // 2, len(every)):
-            group.pipes = every[::2] if count < len(every) else every
-            try:
-                rate = group.run(cell, seconds)["requests/s"]
-            finally:
-                group.pipes = every
-            note_load(record, f"{cell}, {count} engines, {1 + (count == len(every))} GPU(s)", rate)
-
-
-def asynchronous(record: Record, timed: dict[str, Served], history: int, seconds: float) -> None:
-    """Requests/s through vLLM's asynchronous front end, over one engine and two."""
-    for name, served in (("1 GPU", timed["dp1"]), ("data parallel, 2 GPUs", timed["dp2"])):
-        cell = Cell("topk", history, 0.0)
-        if served.up:
-            note_load(record, f"{cell}, vLLM's front end, {name}", served.group.ask((cell, 256, seconds)))
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, default=None, help="folder for the record (default: data/measured)")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of one load")
     parser.add_argument("--note", default="", help="what readers of the record must know of this machine")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--cpu", action="store_true", help="a tiny model without GPUs, to try this program; no record")
     arguments = parser.parse_args()
-    if arguments.cpu:
-        with tempfile.TemporaryDirectory() as out:
-            run(pathlib.Path(out), arguments.seconds, CPU, CPU, "small", 1, torch.float32, 96, patience=400)
-    elif torch.cuda.device_count() < 2:
+    if not arguments.cpu and torch.cuda.device_count() < 2:
         raise SystemExit(f"{torch.cuda.device_count()} GPUs are visible: this needs two")
-    else:
-        run(arguments.out, arguments.seconds, note=arguments.note)
+    only = arguments.only.split(",")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the engines, and what they started, end as well
+    with tempfile.TemporaryDirectory() as temporary:
+        root = pathlib.Path(temporary)
+        if arguments.cpu:
+            bench = TwoGpus(root, arguments.seconds, root, "", CPU, CPU, "small", 1, torch.float32, 96, 600, only)
+        else:
+            bench = TwoGpus(root, arguments.seconds, arguments.out, arguments.note, only=only)
+        return 1 if bench.run() else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

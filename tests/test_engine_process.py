@@ -20,7 +20,10 @@ def gone(pid):
     return False
 
 
-def test_an_engine_that_cannot_start_says_why_and_is_tried_again(tmp_path):
+def test_an_engine_that_cannot_start_says_why_and_is_tried_again(tmp_path, monkeypatch):
+    killed = []
+    monkeypatch.setattr(asyncio.subprocess.Process, "kill", lambda process: killed.append(process.pid))
+
     async def run():
         async with EngineProcess({"strategy": "eager", "checkpoint": str(tmp_path)}) as engine:
             with pytest.raises(EngineUnavailable, match="is starting"):
@@ -28,6 +31,8 @@ def test_an_engine_that_cannot_start_says_why_and_is_tried_again(tmp_path):
             while engine.restarts < 1:
                 await asyncio.sleep(0.05)
             assert engine.ready is None
+            assert not killed, "a signal to one that has ended takes its exit status away from asyncio"
+            monkeypatch.undo()
             return engine.last_failure
 
     failure = asyncio.run(run())

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -151,6 +152,148 @@ def test_async_requests_in_flight_together_get_their_own_answers(recommender, hi
     for answer, truth in zip(asyncio.run(together()), alone):
         assert answer.user == truth.user
         assert [i.row for i in answer.items] == [i.row for i in truth.items]
+
+
+async def _at_once(recommender, histories, **how):
+    return await asyncio.gather(*(recommender.recommend_async(h, **how) for h in histories), return_exceptions=True)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("task", TASK_NAMES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_answers_of_shared_batches_are_those_of_requests_alone(recommender, histories, strategy, task):
+    """The same items in the same order; scores within float32's error, for a padded batch adds up in another order."""
+    some, before = histories[3:120:8], recommender.batch_sizes()
+    alone = [recommender.recommend(history, strategy=strategy, task=task) for history in some]
+    for answer, truth in zip(asyncio.run(_at_once(recommender, some, strategy=strategy, task=task)), alone, strict=True):
+        assert answer.candidates == truth.candidates
+        assert [i.row for i in answer.items] == [i.row for i in truth.items]
+        assert [i.score for i in answer.items] == pytest.approx([i.score for i in truth.items], abs=2e-6)
+        assert set(answer.stages) == {*STAGES, *([] if strategy == "vllm" else ["waiting"])}
+    sizes = {name: counts for name, counts in recommender.batch_sizes().items() if name[1:] == (strategy, task)}
+    assert {stage for stage, *_ in sizes} == {"vllm": set(), "unified": {"encoder", "ranking"}}.get(strategy, {"answer"})
+    for name, counts in sizes.items():
+        new = {size: count - before.get(name, {}).get(size, 0) for size, count in counts.items()}
+        assert sum(size * count for size, count in new.items()) == len(some), name
+        assert max(new) > 1, name
+        assert recommender._batchers[name].most == recommender.settings.batch_size
+
+
+def _gated(runner):
+    """Makes `runner` stand still in its first batch until told, noting how many requests each of its batches had."""
+    gate, begun, sizes, work = threading.Event(), threading.Event(), [], runner.candidates
+
+    def candidates(batch, *rest):
+        sizes.append(len(batch))
+        begun.set()
+        assert gate.wait(60)
+        return work(batch, *rest)
+
+    runner.candidates = candidates
+    return gate, begun, sizes
+
+
+async def _first_then_others(recommender, begun, histories):
+    """Tasks of the requests, of which the first is being worked on and the others wait."""
+    tasks = [asyncio.create_task(recommender.recommend_async(histories[0]))]
+    while not begun.is_set():
+        await asyncio.sleep(0.01)
+    tasks += [asyncio.create_task(recommender.recommend_async(history)) for history in histories[1:]]
+    while len(recommender._batchers["answer", "eager", "topk"]._waiting) < len(histories) - 1:
+        await asyncio.sleep(0.01)
+    return tasks
+
+
+def test_who_cancels_and_who_is_at_fault_disturbs_nobody(tiny_checkpoint, histories):
+    some = histories[10:20]
+    with Recommender(tiny_checkpoint, strategy="eager") as recommender:
+        alone = [recommender.recommend(history) for history in some]
+        runner = recommender.runner("eager")
+        culprit = recommender.prepare(some[4:5])[0].histories[0]
+        work = runner.rank
+
+        def rank(batch, *rest):
+            if culprit in batch.histories:
+                raise ValueError("this one cannot be ranked")
+            return work(batch, *rest)
+
+        runner.rank = rank
+        gate, begun, sizes = _gated(runner)
+
+        async def run():
+            tasks = await _first_then_others(recommender, begun, some)
+            tasks[7].cancel()  # it waits
+            tasks[0].cancel()  # it is being worked on
+            await asyncio.sleep(0)
+            gate.set()
+            return await asyncio.gather(*tasks, return_exceptions=True)
+
+        answers = asyncio.run(run())
+        assert [i for i, a in enumerate(answers) if isinstance(a, asyncio.CancelledError)] == [0, 7]
+        assert str(answers[4]) == "this one cannot be ranked"
+        for i in (1, 2, 3, 5, 6, 8, 9):
+            assert [item.row for item in answers[i].items] == [item.row for item in alone[i].items]
+        assert sizes[:2] == [1, 8], "the one that came first, then all that waited but the one that had left"
+
+
+def test_one_at_a_time_shares_with_nobody_and_waiting_is_told(tiny_checkpoint, histories):
+    with Recommender(tiny_checkpoint, strategy="eager") as recommender:
+        for history in histories[10:14]:
+            [answer] = asyncio.run(_at_once(recommender, [history]))
+            assert answer.batch_size == 1
+        gate, begun, sizes = _gated(recommender.runner("eager"))
+
+        async def run():
+            tasks = await _first_then_others(recommender, begun, histories[10:14])
+            await asyncio.sleep(0.3)
+            gate.set()
+            return await asyncio.gather(*tasks)
+
+        first, *others = asyncio.run(run())
+        assert sizes == [1, 3]
+        assert [answer.batch_size for answer in (first, *others)] == [1, 3, 3, 3]
+        assert all(answer.stages["waiting"] > 290 for answer in others), "they waited for the batch before theirs"
+        assert all(answer.total_ms == pytest.approx(sum(answer.stages.values())) for answer in others)
+
+
+def test_closing_answers_who_is_in_flight(tiny_checkpoint, histories):
+    recommender = Recommender(tiny_checkpoint, strategy="eager")
+    gate, begun, _ = _gated(recommender.runner("eager"))
+
+    async def run():
+        tasks = await _first_then_others(recommender, begun, histories[10:16])
+        asyncio.get_running_loop().call_later(0.05, gate.set)
+        await asyncio.to_thread(recommender.close)
+        return await asyncio.gather(*tasks)
+
+    assert [len(answer.items) for answer in asyncio.run(run())] == [10] * 6
+
+
+@pytest.mark.parametrize("strategy", ["eager", "onnx"])
+def test_a_batch_ranked_in_parts_has_the_scores_of_the_whole(recommender, histories, strategy, monkeypatch):
+    batch, _ = recommender.prepare(histories[:60])
+    runner, candidates = recommender.runner(strategy), torch.arange(1, 31).repeat(60, 1)
+    whole = runner.rank(batch, candidates, StageTimer())
+    monkeypatch.setattr(strategies, "SCORES", 30_000)
+    parts = batch.parts(recommender.config.num_heads, 30)
+    assert sorted(row for rows in parts for row in rows) == list(range(60))
+    lengths = batch.lengths.tolist()
+    for rows in parts:
+        longest = max(lengths[row] for row in rows)
+        assert len(rows) == 1 or len(rows) * recommender.config.num_heads * (longest + 30) ** 2 <= 30_000
+    assert 5 < len(parts) < 60
+    torch.testing.assert_close(runner.rank(batch, candidates, StageTimer()), whole, atol=2e-6, rtol=0)
+
+
+def test_joined_batches_come_apart_again():
+    parts = [Batch([[5, 6], [7]], [[5], []]), Batch([[8]], [[8]])]
+    joined = Batch.join(parts)
+    assert (joined.histories, joined.seen, joined.encoded) == ([[5, 6], [7], [8]], [[5], [], [8]], None)
+    joined.encoded = torch.arange(4.0).unsqueeze(1)
+    taken = joined.take([2, 0])
+    assert (taken.histories, taken.seen) == ([[8], [5, 6]], [[8], [5]])
+    assert taken.encoded.flatten().tolist() == [3, 0, 1]
+    assert Batch.join([taken, taken]).encoded.flatten().tolist() == [3, 0, 1, 3, 0, 1]
 
 
 def test_an_answer_says_what_it_is(recommender, histories):

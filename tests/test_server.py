@@ -76,7 +76,7 @@ def test_the_answer_is_the_recommenders(served, body, tiny_checkpoint, tiny_worl
     assert [item["item_id"] for item in answer["items"]] == [item.item_id for item in wanted.items]
     assert answer["items"][0]["score"] == pytest.approx(wanted.items[0].score, abs=1e-6)
     assert (answer["user"], answer["task"], answer["strategy"]) == (body["user"], task, "eager")
-    assert set(answer["stages_ms"]) == {"tokens", "encoder", "stack", "ranking"}
+    assert set(answer["stages_ms"]) == {"waiting", "tokens", "encoder", "stack", "ranking"}
 
 
 def test_any_order_unknown_items_and_too_long_histories_are_repaired_and_said(served, body, tiny_model):
@@ -271,6 +271,21 @@ def test_overload_is_shed_and_what_is_accepted_is_answered(served, body):
     assert served.metric("hstu_http_requests_total", outcome="429") >= counts[429]
     assert served.metric("hstu_in_flight") == 0
     assert served.call("/recommend", body)[0] == 200
+
+
+def test_who_waits_is_answered_together_and_the_metrics_tell(served, body):
+    def batches(part):
+        return served.metric(f"hstu_batch_requests_{part}", stage="answer", strategy="eager", task="slate")
+
+    before, batches_before = batches("sum"), batches("count")
+    answers = together(served, [body | {"task": "slate"}] * MOST)
+    assert [status for status, _, _ in answers] == [200] * MOST
+    assert batches("sum") - before == MOST
+    assert batches("count") - batches_before <= MOST
+    assert served.metric("hstu_batch_requests_bucket", stage="answer", task="slate", le="+Inf") == batches("count")
+    assert served.metric("hstu_batch_requests_bucket", stage="answer", task="slate", le="1") < batches("count"), (
+        "some were shared"
+    )
 
 
 def test_a_deadline_that_expires_is_told(served, body):

@@ -51,7 +51,7 @@ def test_a_closed_loop_keeps_its_number_in_flight(engine, monkeypatch, warm):
     users = Users(engine.config, cell, 8)
     fill(engine, cell, users)
     now, most = count_in_flight(monkeypatch)
-    outcome = closed_loop(engine, cell, users, in_flight=6, seconds=1, ramp=0.1)
+    outcome = closed_loop(engine, cell, users, in_flight=6, seconds=1)
     assert most[0] == 6
     assert now[0] == 0
     assert outcome.latencies
@@ -68,8 +68,14 @@ def test_a_caller_that_stands_still_fills_the_loop_all_the_same(engine, monkeypa
             time.sleep(0.5 * (sent[0] == 4))
 
     _, most = count_in_flight(monkeypatch, stand_still)
-    closed_loop(engine, cell, Users(engine.config, cell, 1), in_flight=6, seconds=0.2, ramp=0.0)
+    closed_loop(engine, cell, Users(engine.config, cell, 1), in_flight=6, seconds=0.2)
     assert most[0] == 6
+
+
+def test_a_first_wave_that_does_not_come_is_told(engine, monkeypatch):
+    monkeypatch.setattr("hstu_lab.vllm_load.FIRST_WAVE_SECONDS", 0.1)
+    with engine.held(), pytest.raises(RuntimeError, match="topk history=40 cold: 0 of the first 3 answers"):
+        closed_loop(engine, Cell("topk", 40, 0.0), Users(engine.config, Cell("topk", 40, 0.0), 1), 3, 0.1)
 
 
 def test_an_open_loop_waits_for_nobody(engine):

@@ -1,0 +1,168 @@
+"""The benchmark of the engine, whole, with a tiny model and no GPU: every part is measured, and no part takes another with it."""
+
+import multiprocessing
+import os
+import threading
+import time
+from multiprocessing.connection import Connection
+
+import pytest
+import torch
+
+from hstu_lab import measure, vllm_bench, vllm_replicas
+from hstu_lab.vllm_bench import PARTS, Bench, null, runner_of
+from hstu_lab.vllm_engine import Engine, EngineOptions
+from hstu_lab.vllm_load import Cell, Users, closed_loop, random_checkpoint, random_histories, serving_config
+from hstu_lab.vllm_replicas import Replicas, own_share_first
+
+OPTIONS = EngineOptions(kv_cache_memory_bytes=8 << 20, max_num_seqs=64, prompt_embeds=False, micro_batch=16)
+
+
+class Thread(threading.Thread):
+    """Stands for a process, so that a test need not import vLLM again; its end of the pipe is its own."""
+
+    def __init__(self, target, args, daemon):
+        pipe, *rest = args
+        own = Connection(os.dup(pipe.fileno()))
+
+        def run():
+            with own:
+                target(own, *rest)
+
+        super().__init__(target=run, daemon=True)
+
+    def kill(self):
+        """Whoever is killed says nothing more: threads of these tests end when their pipe does."""
+
+
+class Context:
+    Process, Pipe = Thread, staticmethod(multiprocessing.Pipe)
+
+
+@pytest.fixture(autouse=True)
+def _threads(monkeypatch):
+    monkeypatch.setattr(vllm_replicas.multiprocessing, "get_context", lambda _: Context)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return random_checkpoint(serving_config("tiny"), tmp_path_factory.mktemp("bench"), torch.float32)
+
+
+def bench(folder, out, only=PARTS, **changes):
+    return Bench(folder, 2, 0.05, out, options=OPTIONS, only=only, histories=(24,), sizes=(24, 16, 8), patience=100, **changes)
+
+
+@pytest.mark.timeout(300)
+def test_every_part_is_measured_and_one_can_be_measured_again(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_bench, "STEPS", 4)
+    monkeypatch.setattr(vllm_replicas, "IN_FLIGHT", 6)
+    assert bench(folder, tmp_path).run() == []
+    steps, loads, candidates = (measure.read_record(n, root=tmp_path) for n in ("vllm_step", "vllm_load", "vllm_candidates"))
+    names = [m.name for m in steps.measurements]
+    for suffix in ("", " null", " alone"):
+        for what in ("engine step", "engine step, own processor time", "slate in one step, an item"):
+            assert f"{what} B=8 N=4{suffix}" in names
+    assert set(loads.data["table"]) == {f"{t} history=24 {w}" for t in ("topk", "slate") for w in ("cold", "90% warm")}
+    for cell, row in loads.data["table"].items():
+        assert row["engines"]["requests/s"] > 0, cell
+        assert row["null"]["requests/s"] > 0, cell
+        assert row["half"]["offered/s"] == pytest.approx(row["engines"]["requests/s"] / 2, rel=1e-3), cell
+        assert row["engines"]["replicas"] == 2
+    assert loads.data["table"]["topk history=24 cold"]["x1"]["replicas"] == 1
+    assert candidates.data["engine scores: cached against fresh, largest difference"] < 1e-5
+    assert set(steps.data["parts"]) == set(PARTS)
+
+    def broken(self):
+        raise RuntimeError("a cable is loose")
+
+    monkeypatch.setattr(Bench, "half", broken)
+    assert bench(folder, tmp_path, ("half", "null")).run() == ["half"]
+    again = measure.read_record("vllm_load", root=tmp_path)
+    assert again.data["parts"]["half"] == "failed: a cable is loose"
+    assert again.data["parts"]["null"] > loads.data["parts"]["null"]
+    assert again.data["table"]["topk history=24 cold"]["x1"] == loads.data["table"]["topk history=24 cold"]["x1"]
+
+
+def test_the_null_model_computes_nothing_and_leaves_no_trace(folder):
+    with Engine(folder, OPTIONS) as engine:
+        prompts = random_histories(engine.config, 4, 20, 0)
+        wanted = [[g.items for g in send(prompts, [[]] * 4, 5)] for send in (engine.topk, engine.slate)]
+        model, calls = runner_of(engine).get_model(), []
+        hook = model.register_forward_hook(lambda *_: calls.append(1))
+        with null(engine):
+            for send in (engine.topk, engine.slate):
+                send(random_histories(engine.config, 4, 20, 1), [[]] * 4, 5)
+            assert not calls
+        assert [[g.items for g in send(prompts, [[]] * 4, 5)] for send in (engine.topk, engine.slate)] == wanted
+        assert calls
+        hook.remove()
+
+
+def silent(connection, number):
+    connection.send("ready")
+    while (order := connection.recv()) is not None:
+        if number != 1:
+            connection.send([number, *order])
+        elif order == ("fall",):
+            raise SystemExit
+
+
+def test_who_is_silent_or_falls_is_left_out_and_the_others_go_on(capsys):
+    for order, said in (("stare", "nothing within 0.2 s"), ("fall", "no more")):
+        group = Replicas(3, lambda number: (number,), silent, patience=0.2)
+        group.start(20)
+        with pytest.raises(RuntimeError, match=f"engine 1, at '{order}', said '{said}"):
+            group.tell(order)
+        assert group.tell("again") == [[0, "again"], [2, "again"]], "in turn, and of those that are left"
+        group.close()
+    assert "3 of 3 engines are up" in capsys.readouterr().out
+
+
+def test_those_that_do_not_come_up_in_time_are_left_out():
+    def late(connection, number):
+        if number:
+            time.sleep(0.5)
+        silent(connection, 0)
+
+    group = Replicas(2, lambda number: (number,), late)
+    group.start(0.2)
+    assert [member.number for member in group.members] == [0]
+    group.close()
+    group = Replicas(1, lambda number: (1,), late)
+    with pytest.raises(RuntimeError, match="no engine is left"):
+        group.start(0.1)
+
+
+def test_shares_cover_all_jobs():
+    assert [own_share_first(range(6), number, 3) for number in range(3)] == [
+        [0, 1, 2, 3, 4, 5], [2, 3, 4, 5, 0, 1], [4, 5, 0, 1, 2, 3],
+    ]  # fmt: skip
+
+
+def test_the_clock_of_a_load_starts_after_the_first_wave(folder):
+    """A kernel that is compiled for the first requests is no part of the rate."""
+    with Engine(folder, OPTIONS) as engine:
+        answered, cell = [], Cell("topk", 24, 0.0)
+        submit = engine.submit_topk
+
+        def counting(*arguments):
+            future = submit(*arguments)
+            future.add_done_callback(lambda _: answered.append(time.perf_counter()))
+            return future
+
+        engine.submit_topk = counting
+        begun = []
+
+        def when():
+            begun.append((len(answered), time.perf_counter()))
+            return begun[0][1]
+
+        outcome = closed_loop(engine, cell, Users(engine.config, cell, 1), 8, 0.3, when)
+    assert begun[0][0] >= 8
+    assert len(outcome.latencies) == sum(begun[0][1] <= at < begun[0][1] + 0.3 for at in answered)
+
+
+def test_a_part_that_does_not_exist_is_refused(folder, tmp_path):
+    with pytest.raises(SystemExit, match="there are step, telling"):
+        bench(folder, tmp_path, ("steps",))
