@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import sys
+from typing import NoReturn
 
 # Before torch is imported: its C++ side reports how it bound memory.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 # Threads that spin while they wait make small operators several times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+MODES = ("single", "batch", "benchmark", "comprehensive")
 DEFAULT_USERS = {"batch": None, "benchmark": 64, "comprehensive": 32}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status. Errors that a user can mend are one line on stderr and status 2."""
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         return options.run(options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -38,97 +41,180 @@ def _is_ours(error: Exception) -> bool:
     return type(error).__module__.startswith("hstu_lab")
 
 
-def _parser() -> argparse.ArgumentParser:
-    from hstu_lab.ops import BACKENDS
-    from hstu_lab.settings import PRECISIONS, STRATEGIES, TASK_NAMES
+class _Parser(argparse.ArgumentParser):
+    """Raises what is wrong with a flag as one line, like every other error here, in place of twelve lines of usage."""
 
-    parser = argparse.ArgumentParser(prog="python -m hstu_lab", description=__doc__)
+    def error(self, message: str) -> NoReturn:
+        from hstu_lab.config import ConfigError
+
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m hstu_lab", description="HSTU Lab: a generative recommender, from one event to ten items.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    def command(name: str, run, about: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, parents=[common, *parents], help=about, description=about[0].upper() + about[1:] + ".")
+        added.set_defaults(run=run)
+        return added
+
+    common = _common_options()
+    serving = _serving_options()
+    for name, mode, about in (
+        ("recommend", "single", "ten items for a user, or for all of them"),
+        ("benchmark", "benchmark", "latency and throughput, with agreement"),
+    ):
+        modes = "single: one user; batch: a line for every user; benchmark: one strategy; comprehensive: all, with agreement"
+        of = command(name, _recommend, about, serving)
+        of.add_argument("--mode", choices=MODES, default=mode, help=f"{modes} (default: {mode})")
+    _serve_options(command("serve", _serve, "answer over HTTP, the engine in a supervised process of its own"))
+    _load_options(command("load", _load, "send the log's visits to a service here; p50/p95/p99, goodput, the knee"))
+    doctor = command("doctor", _doctor, "what this machine can run, and the command that installs what is missing")
+    doctor.add_argument("--deep", action="store_true", help="import every engine instead of only looking for it")
+    _train_options(command("train", _train, "train a checkpoint"))
+    _export_options(command("export", _export, "a checkpoint as three ONNX models or TensorRT engines"))
+    return parser
+
+
+def _common_options() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--config", metavar="FILE", help="settings as TOML (default: hstu_lab.toml, where there is one)")
-    common.add_argument("--log-level", choices=("DEBUG", "INFO", "WARNING", "ERROR"), type=str.upper)
+    common.add_argument(
+        "--log-level",
+        choices=("DEBUG", "INFO", "WARNING", "ERROR"),
+        type=str.upper,
+        help="least severe that is logged (default: WARNING)",
+    )
     common.add_argument("--log-file", metavar="FILE", help="write the log here as well as to stderr")
     common.add_argument("--json", action="store_true", help="print JSON on stdout, nothing else")
+    return common
+
+
+def _serving_options() -> argparse.ArgumentParser:
+    from hstu_lab.settings import OPS, PRECISIONS, STRATEGIES, TASK_NAMES
 
     serving = argparse.ArgumentParser(add_help=False)
     serving.add_argument("--events", metavar="FILE", help="JSONL, Parquet, or MovieLens-1M folder or zip (default: the sample)")
     serving.add_argument("--checkpoint", metavar="FOLDER", help="default: the newest one trained on the items of --events")
     serving.add_argument("--user", metavar="ID", help="default: the first user of the events")
-    serving.add_argument("--users", type=_positive, metavar="N", help="how many users (modes batch, benchmark, comprehensive)")
-    serving.add_argument("--task", choices=TASK_NAMES)
-    serving.add_argument("--strategy", choices=("auto", *STRATEGIES))
-    serving.add_argument("--ops", choices=tuple(BACKENDS), help="operators of the PyTorch and vLLM stages")
-    serving.add_argument("--precision", choices=PRECISIONS, help="of the ONNX Runtime and TensorRT stages (default: fp32)")
-    serving.add_argument("--batch-size", type=_positive, metavar="N")
-    serving.add_argument("--reject-file", metavar="FILE", help="where bad rows go (mode batch: beside the events)")
-
-    modes = ("single", "batch", "benchmark", "comprehensive")
-    recommend = commands.add_parser("recommend", parents=[common, serving], help="ten items for a user, or for all of them")
-    recommend.add_argument("--mode", choices=modes, default="single")
-    recommend.set_defaults(run=_recommend)
-    benchmark = commands.add_parser("benchmark", parents=[common, serving], help="latency and throughput, with agreement")
-    benchmark.add_argument("--mode", choices=modes, default="benchmark")
-    benchmark.set_defaults(run=_recommend)
-
-    serve = commands.add_parser("serve", parents=[common], help="answer over HTTP, the engine in a supervised process of its own")
-    serve.add_argument("--checkpoint", metavar="FOLDER", help="default: the shipped one")
-    serve.add_argument("--strategy", choices=("auto", *STRATEGIES), help="auto: vllm if it is here")
-    serve.add_argument("--ops", choices=tuple(BACKENDS), help="operators of the PyTorch and vLLM stages")
-    serve.add_argument("--host", default="127.0.0.1", help="another than loopback needs a token")
-    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
-    serve.add_argument("--token-file", metavar="FILE", help="file with the bearer token (default: HSTU_LAB_TOKEN, where set)")
-    serve.add_argument("--max-in-flight", type=_positive, default=64, help="more requests than that get 429 (default: 64)")
-    serve.add_argument("--deadline-ms", type=_positive, default=5000, help="of requests that name none (default: 5000)")
-    serve.set_defaults(run=_serve)
-
-    load = commands.add_parser(
-        "load", parents=[common], help="send the log's visits to a service here; p50/p95/p99, goodput, the knee"
+    serving.add_argument(
+        "--users",
+        type=_positive,
+        metavar="N",
+        help="how many (default: all in mode batch, 64 in benchmark, 32 in comprehensive)",
     )
-    load.add_argument("--url", default="http://127.0.0.1:8000", help="loopback only; HSTU_LAB_TOKEN is sent along")
+    serving.add_argument(
+        "--task", choices=TASK_NAMES, help="topk: the best ten of one pass (default); slate: ten generated one after another"
+    )
+    serving.add_argument(
+        "--strategy", choices=("auto", *STRATEGIES), help="which engine does which stage (default: auto, which says why)"
+    )
+    serving.add_argument(
+        "--ops", choices=OPS, help="operators of the PyTorch and vLLM stages (default: reference; the others want a GPU)"
+    )
+    serving.add_argument("--precision", choices=PRECISIONS, help="of the ONNX Runtime and TensorRT stages (default: fp32)")
+    serving.add_argument(
+        "--batch-size", type=_positive, metavar="N", help="most users that one engine call answers together (default: 64)"
+    )
+    serving.add_argument("--reject-file", metavar="FILE", help="where bad rows go (mode batch: beside the events; else nowhere)")
+    return serving
+
+
+def _serve_options(serve: argparse.ArgumentParser) -> None:
+    from hstu_lab.settings import OPS, STRATEGIES
+
+    serve.add_argument("--checkpoint", metavar="FOLDER", help="default: the shipped one")
+    serve.add_argument("--strategy", choices=("auto", *STRATEGIES), help="default: auto, which is vllm if it is here")
+    serve.add_argument(
+        "--ops", choices=OPS, help="operators of the PyTorch and vLLM stages (default: reference; the others want a GPU)"
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="another than loopback needs a token (default: 127.0.0.1)")
+    serve.add_argument("--port", type=_port, default=8000, metavar="N", help="0 takes a free one (default: 8000)")
+    serve.add_argument("--token-file", metavar="FILE", help="file with the bearer token (default: HSTU_LAB_TOKEN, where set)")
+    serve.add_argument(
+        "--max-in-flight", type=_positive, default=64, metavar="N", help="more requests than that get 429 (default: 64)"
+    )
+    serve.add_argument(
+        "--deadline-ms", type=_positive, default=5000, metavar="MS", help="of requests that name none (default: 5000)"
+    )
+
+
+def _load_options(load: argparse.ArgumentParser) -> None:
+    from hstu_lab.settings import TASK_NAMES
+
+    load.add_argument(
+        "--url",
+        default="http://127.0.0.1:8000",
+        help="loopback only; HSTU_LAB_TOKEN is sent along (default: http://127.0.0.1:8000)",
+    )
     load.add_argument("--events", metavar="FILE", help="the log whose visits are sent (default: the sample)")
-    load.add_argument("--task", choices=TASK_NAMES)
-    load.add_argument("--rates", default="5,10,20,40,80", help="requests/s of the open loop, one run each")
+    load.add_argument("--task", choices=TASK_NAMES, help="what every visit asks for (default: topk)")
+    load.add_argument(
+        "--rates", type=_rates, default="5,10,20,40,80", metavar="R,R,...",
+        help="requests/s of the open loop, one run each (default: 5,10,20,40,80)",
+    )  # fmt: skip
     load.add_argument("--clients", type=_positive, metavar="N", help="a closed loop of N clients instead")
-    load.add_argument("--seconds", type=float, default=5.0, help="of each run (default: 5)")
-    load.add_argument("--limit-ms", type=float, default=200.0, help="p99 that the knee must keep (default: 200)")
+    load.add_argument("--seconds", type=_above_zero, default=5.0, metavar="S", help="of each run (default: 5)")
+    load.add_argument("--limit-ms", type=_above_zero, default=200.0, metavar="MS", help="p99 that the knee keeps (default: 200)")
     load.add_argument("--record", metavar="NAME", help="write data/measured/DEVICE/NAME.json and figures/NAME.png")
     load.add_argument("--note", metavar="TEXT", help="what else a reader of the record must know")
-    load.set_defaults(run=_load)
 
-    doctor = commands.add_parser("doctor", parents=[common], help="what this machine can run")
-    doctor.add_argument("--deep", action="store_true", help="import every engine instead of only looking for it")
-    doctor.set_defaults(run=_doctor)
 
-    train = commands.add_parser("train", parents=[common], help="train a checkpoint")
+def _train_options(train: argparse.ArgumentParser) -> None:
     train.add_argument("--events", default="synthetic", metavar="FILE", help="as for recommend, or `synthetic` (default)")
     train.add_argument("--preset", default="small", help="tiny, small (default), ml-1m, ml-1m-large or gr-3b")
-    train.add_argument("--minutes", type=float, help="stop after so many minutes (default: 5, where --steps is not given)")
-    train.add_argument("--steps", type=_positive, help="stop after so many steps")
+    train.add_argument(
+        "--minutes", type=_above_zero, metavar="M", help="stop after so many minutes (default: 5, where --steps is not given)"
+    )
+    train.add_argument("--steps", type=_positive, metavar="N", help="stop after so many steps")
     train.add_argument("--out", metavar="FOLDER", help="default: data/checkpoints/local/PRESET")
-    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, batches and the synthetic log (default: 0)")
     train.add_argument("--resume", action="store_true", help="go on where the training in --out stopped")
-    train.add_argument("--reject-file", metavar="FILE")
-    train.set_defaults(run=_train)
+    train.add_argument("--reject-file", metavar="FILE", help="where bad rows of --events go (default: nowhere)")
 
-    export = commands.add_parser("export", parents=[common], help="a checkpoint as three ONNX models or TensorRT engines")
-    export.add_argument("--to", choices=("onnx", "tensorrt"), default="onnx")
-    export.add_argument("--precision", choices=PRECISIONS, default="fp32")
+
+def _export_options(export: argparse.ArgumentParser) -> None:
+    from hstu_lab.settings import PRECISIONS
+
+    export.add_argument("--to", choices=("onnx", "tensorrt"), default="onnx", help="default: onnx")
+    export.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: fp32")
     export.add_argument("--checkpoint", metavar="FOLDER", help="default: the shipped one")
     export.add_argument("--events", metavar="FILE", help="log that int8 is calibrated with (default: the sample)")
     export.add_argument("--out", metavar="FOLDER", help="default: the cache that the strategies onnx and tensorrt read")
-    export.add_argument("--target", metavar="SM", help="GPU to build engines for (default: this machine's, else sm_80, an A100)")
-    export.add_argument("--workspace-mb", type=_positive, metavar="N", help="GPU memory an engine may use while it runs")
-    export.add_argument("--batch-size", type=_positive, metavar="N", help="largest batch of the engines")
-    export.set_defaults(run=_export)
-    return parser
+    engines = export.add_argument_group("with --to tensorrt")
+    engines.add_argument("--target", metavar="SM", help="GPU to build engines for (default: this machine's, else sm_80, an A100)")
+    engines.add_argument(
+        "--workspace-mb", type=_positive, metavar="MIB", help="GPU memory that an engine may use while it runs (default: 1024)"
+    )
+    engines.add_argument("--batch-size", type=_positive, metavar="N", help="largest batch of the engines (default: 64)")
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is no port: give 0 to 65535")
+    return int(text)
+
+
+def _above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text or 'nothing'} is no number above 0")
     return value
+
+
+def _rates(text: str) -> list[float]:
+    """Numbers with commas between them."""
+    return [_above_zero(rate) for rate in text.split(",")]
 
 
 def _settings(options: argparse.Namespace):
@@ -142,10 +228,31 @@ def _settings(options: argparse.Namespace):
     return settings
 
 
+def _refuse_idle_flags(options: argparse.Namespace) -> None:
+    """A flag that would change nothing was meant to: raises ConfigError naming it and what it goes with."""
+    from hstu_lab.config import ConfigError
+
+    def given(name: str) -> bool:
+        return getattr(options, name, None) is not None
+
+    mode, strategy = getattr(options, "mode", None), getattr(options, "strategy", None)
+    if given("users") and (mode == "single" or given("user")):
+        raise ConfigError(f"--users {options.users}: one user was asked for; leave it out, or give --mode batch without --user")
+    if strategy in ("eager", "vllm") and getattr(options, "precision", None) not in (None, "fp32"):
+        raise ConfigError(
+            f"--precision {options.precision}: no stage of strategy {strategy} has it; use onnx, unified or tensorrt"
+        )
+    if getattr(options, "to", None) == "onnx":
+        for name in ("target", "workspace_mb", "batch_size"):
+            if given(name):
+                raise ConfigError(f"--{name.replace('_', '-')} is for engines: add --to tensorrt, or leave it out")
+
+
 # ---- recommend and benchmark
 
 
 def _recommend(options: argparse.Namespace) -> int:
+    _refuse_idle_flags(options)
     settings = _settings(options)
     from hstu_lab.pipeline import Recommender
     from hstu_lab.strategies import StrategyUnavailable, missing
@@ -260,11 +367,23 @@ def _measure(recommender, histories, settings, options: argparse.Namespace) -> i
 
 def _serve(options: argparse.Namespace) -> int:
     settings = _settings(options)
+    from hstu_lab.environment import doctor
     from hstu_lab.server import ServerError, ServerOptions, serve
 
+    # The engine's own process would find these out after the port is taken, and try again for ever.
+    if settings.checkpoint and not (settings.checkpoint / "model.safetensors").is_file():
+        raise ServerError(f"checkpoint {settings.checkpoint}: no model.safetensors there; `python -m hstu_lab train` makes one")
+    for strategy in doctor().strategies:
+        if strategy.name == settings.strategy and not strategy.available:
+            raise ServerError(f"strategy {strategy.name} cannot run here: {strategy.reason}")
     token = os.environ.get("HSTU_LAB_TOKEN") or None
     if options.token_file:
-        token = pathlib.Path(options.token_file).read_text().strip()
+        try:
+            token = pathlib.Path(options.token_file).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ServerError(
+                f"--token-file {options.token_file} cannot be read ({error}): give a text file with the token"
+            ) from error
         if not token:
             raise ServerError(f"--token-file {options.token_file} is empty: write the token into it")
     where = ServerOptions(options.host, options.port, token, options.max_in_flight, options.deadline_ms)
@@ -278,10 +397,6 @@ def _load(options: argparse.Namespace) -> int:
     from hstu_lab import events, load
     from hstu_lab.pipeline import SAMPLE
 
-    try:
-        rates = [float(rate) for rate in options.rates.split(",")]
-    except ValueError as error:
-        raise load.LoadError(f"--rates {options.rates}: give numbers with commas between them") from error
     log = events.read_events(settings.events or SAMPLE)
     sample = load.bodies(log, 2000, task=settings.task, deadline_ms=5000)
 
@@ -291,7 +406,7 @@ def _load(options: argparse.Namespace) -> int:
             if options.clients:
                 return service, [(await load.closed_loop(client, sample, options.clients, options.seconds)).to_dict()]
             return service, await load.sweep(
-                client, sample, rates, options.seconds, report=(lambda _: None) if options.json else print
+                client, sample, options.rates, options.seconds, report=(lambda _: None) if options.json else print
             )
 
     service, rows = asyncio.run(run())
@@ -358,6 +473,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    _refuse_idle_flags(options)
     settings = _settings(options)
     from hstu_lab import onnx_export
     from hstu_lab.model import load_checkpoint
