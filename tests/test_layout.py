@@ -7,7 +7,7 @@ import re
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hstu_lab"
-BESIDE = ("__init__.py", "__main__.py", "checks.py", "config.py", "settings.py", "ops/__init__.py", "widgets/*")
+BESIDE = ("__init__.py", "__main__.py", "checks.py", "config.py", "options.py", "settings.py", "ops/__init__.py", "widgets/*")
 """What belongs to no notebook: README names these below the table."""
 
 
