@@ -1,6 +1,6 @@
 """Measure the Triton kernels on the GPU that is here and write what was seen to data/measured/<device>/triton_*.json.
 
-    python -m hstu_lab.kernel_bench [--out FOLDER] [PART ...]
+    python -m hstu_lab.kernel_bench [--out FOLDER] [--resume] [PART ...]
 
 Parts: tests, ampere, attention, steps, paged, memory, calibration, special, stack; all of them by default.
 
@@ -13,6 +13,7 @@ import argparse
 import ctypes
 import dataclasses
 import functools
+import hashlib
 import os
 import pathlib
 import subprocess
@@ -30,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hstu_lab import measure, roofline
 from hstu_lab.config import preset
 from hstu_lab.model import HSTUStack
-from hstu_lab.ops import reference, triton_attention, triton_compile, triton_memory, triton_ops
+from hstu_lab.ops import reference, triton_bias, triton_compile, triton_memory, triton_ops, triton_tiles
 
 BF16 = torch.bfloat16
 
@@ -129,7 +130,7 @@ def steps(record: measure.Record) -> None:
             reference.attention_dense(*(x[one : one + 4] for x in dense), lengths[one : one + 4], divisor=length)
 
     record.measurements.append(timed(naive, "step 1 PyTorch, scores in memory", flops=flops, graph=False))
-    plain = triton_attention.Tiles(64, 64, 64, num_stages=1, group=batch * heads, exact=True, tma=False)
+    plain = triton_tiles.Tiles(64, 64, 64, num_stages=1, group=batch * heads, exact=True, tma=False)
     change = functools.partial(dataclasses.replace, plain)
     for name, tiles, options in (
         ("step 2 tiled, every tile", plain, {"num_context": length}),  # a context that long sees itself whole
@@ -229,7 +230,7 @@ def calibration(record: measure.Record) -> None:
             length = steps * roofline.STEP
             q, k, v = (torch.randn(length, 1, 64, device="cuda", generator=g).to(BF16) for _ in range(3))
             bias, times = random_bias(1, length, kind, g), session_times(length, g)
-            tiles = triton_attention.default_tiles(BF16, 64, 512, 128, bias)  # those of a batch of 8
+            tiles = triton_tiles.default_tiles(BF16, 64, 512, 128, bias)  # those of a batch of 8
             offsets = torch.tensor([0, length], device="cuda")
             run = functools.partial(
                 triton_ops.attention_jagged, q, k, v, offsets, divisor=length, bias=bias, times=times, max_len=length, tiles=tiles
@@ -374,9 +375,9 @@ def ampere(record: measure.Record) -> None:
 
     for bias in (None, random_bias(heads, longest, "position+time", g)):
         name = "attention" if bias is None else "attention_bias"
-        tiles = triton_attention.default_tiles(BF16, d, longest, batch * heads, bias, 80)
+        tiles = triton_tiles.default_tiles(BF16, d, longest, batch * heads, bias, 80)
         sizes = {"batch": batch, "heads": heads, "total": total, "max_len": longest, "num_context": 1}
-        plan = triton_attention.plan(tiles, bias, q.device, **sizes)
+        plan = triton_bias.plan(tiles, bias, q.device, **sizes)
         out = torch.full_like(v, torch.nan)
         if bias is not None:
             kernel = triton_compile.compile_kernel("prepare", 80, d, longest)
@@ -471,16 +472,46 @@ PARTS = {
 }
 
 
-def run_parts(parts: dict[str, tuple[str, Callable]], command: str, out: pathlib.Path | None) -> None:
-    """Run {part: (name of its record, function of the record)}; a record is written after each of its parts."""
-    records: dict[str, measure.Record] = {}
+def source() -> str:
+    """A digest of the kernels' sources: records that name the same one are of the same code."""
+    digest = hashlib.sha256()
+    for path in sorted(pathlib.Path(reference.__file__).parent.rglob("*.*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def run_parts(parts: dict[str, tuple[str, Callable]], command: str, out: pathlib.Path | None, resume: bool = False) -> None:
+    """Run {part: (name of its record, function of the record)} in that order; a record is written after each of its parts.
+
+    A record names the parts that it holds and the `source` that they ran. With `resume`, this device's records of the same source
+    are continued, and parts that they hold are left out: a run that was cut short loses only the part it was in.
+    """
+    code, records = source(), {}
     for part, (name, run) in parts.items():
-        record = records.setdefault(name, measure.Record.here(name, command=command))
+        if name not in records:
+            records[name] = measure.Record.here(name, command=command, data={"source": code, "parts": []})
+            if resume:
+                records[name] = _begun(records[name], out) or records[name]
+        record = records[name]
+        if part in record.data["parts"]:
+            print(f"--- {part}: in {record.path} already", flush=True)
+            continue
         print(f"--- {part}", flush=True)
         with torch.no_grad():
             run(record)
         torch.cuda.empty_cache()
+        record.data["parts"].append(part)
         measure.write_record(record, out)
+
+
+def _begun(fresh: measure.Record, out: pathlib.Path | None) -> measure.Record | None:
+    """The record that an earlier run of the same source left on this device, if any."""
+    try:
+        found = measure.read_record(fresh.name, fresh.device, out)
+    except measure.MeasureError:
+        return None
+    return found if found.data.get("source") == fresh.data["source"] else None
 
 
 def parts_parser(about: str, parts: Iterable[str]) -> argparse.ArgumentParser:
@@ -499,8 +530,13 @@ def parts_parser(about: str, parts: Iterable[str]) -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    arguments = parts_parser(__doc__, PARTS).parse_args()
-    run_parts({part: PARTS[part] for part in arguments.parts}, "python -m hstu_lab.kernel_bench", arguments.out)
+    parser = parts_parser(__doc__, PARTS)
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out parts that the records there hold already, of the same code"
+    )
+    arguments = parser.parse_args()
+    parts = {part: PARTS[part] for part in arguments.parts}
+    run_parts(parts, "python -m hstu_lab.kernel_bench", arguments.out, arguments.resume)
 
 
 if __name__ == "__main__":

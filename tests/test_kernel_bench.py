@@ -49,11 +49,37 @@ def test_parts_are_all_or_those_named_and_no_others(capsys):
     assert "there is no part 'three': use some of one, two" in capsys.readouterr().err
 
 
-def test_parts_of_one_record_are_kept_together(tmp_path):
-    def part(number):
-        return lambda record: record.data.setdefault("parts", []).append(number)
+def part(number, fails=False):
+    def run(record):
+        record.data.setdefault("seen", []).append(number)
+        if fails:
+            raise KeyboardInterrupt
 
+    return run
+
+
+def records_in(folder):
+    return {path.stem: json.loads(path.read_text()) for path in folder.rglob("*.json")}
+
+
+def test_parts_of_one_record_are_kept_together(tmp_path):
     kernel_bench.run_parts({"a": ("one", part(1)), "b": ("one", part(2)), "c": ("two", part(3))}, "python -m x", tmp_path)
-    written = {path.stem: json.loads(path.read_text()) for path in tmp_path.rglob("*.json")}
-    assert {name: record["data"]["parts"] for name, record in written.items()} == {"one": [1, 2], "two": [3]}
+    written = records_in(tmp_path)
+    assert {name: record["data"]["seen"] for name, record in written.items()} == {"one": [1, 2], "two": [3]}
+    assert {name: record["data"]["parts"] for name, record in written.items()} == {"one": ["a", "b"], "two": ["c"]}
     assert {record["command"] for record in written.values()} == {"python -m x"}
+
+
+def test_a_run_cut_short_is_taken_up_where_it_ended(tmp_path, monkeypatch, capsys):
+    parts = {"a": ("one", part(1)), "b": ("one", part(2, fails=True)), "c": ("two", part(3))}
+    with pytest.raises(KeyboardInterrupt):
+        kernel_bench.run_parts(parts, "python -m x", tmp_path)
+    assert {name: record["data"]["parts"] for name, record in records_in(tmp_path).items()} == {"one": ["a"]}
+    parts["b"] = ("one", part(2))
+    kernel_bench.run_parts(parts, "python -m x", tmp_path, resume=True)
+    assert {name: record["data"]["seen"] for name, record in records_in(tmp_path).items()} == {"one": [1, 2], "two": [3]}
+    assert "--- a: in " in capsys.readouterr().out
+    # Of another source nothing is taken over.
+    monkeypatch.setattr(kernel_bench, "source", lambda: "other")
+    kernel_bench.run_parts({"c": ("two", part(4))}, "python -m x", tmp_path, resume=True)
+    assert records_in(tmp_path)["two"]["data"] == {"seen": [4], "parts": ["c"], "source": "other"}

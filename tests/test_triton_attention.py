@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from triton_cases import BIASES, DEVICE, GPU, LIMITS, attention_case, error, reference, triton_attention, triton_ops
+from triton_cases import BIASES, DEVICE, GPU, LIMITS, attention_case, error, reference, triton_bias, triton_ops, triton_tiles
 
 UNEVEN = [1, 0, 16, 17, 33, 40]
 BLOCK_EDGES = [0, 1, 15, 16, 17, 31, 32, 33]
@@ -22,6 +22,17 @@ def test_equals_the_oracle(bias, dtype):
 @pytest.mark.parametrize("bias", ["none", "both"])
 def test_candidates_see_the_history_and_themselves(bias):
     got, expected = attention_case([40, 5, 20, 3], bias=bias, candidates=[7, 5, 0, 1], num_context=1)
+    assert error(got, expected) < 1e-5
+
+
+@cpu_only
+@pytest.mark.parametrize("bias", ["position", "both"])
+@pytest.mark.parametrize("candidates", [None, [7, 5, 0, 1]])
+def test_position_bias_added_after_the_product(bias, candidates, monkeypatch):
+    """What wide heads with both biases do, whose accumulator leaves no registers to start from the bias."""
+    tiles = triton_tiles.Tiles(16, 16, 16, after=True)
+    monkeypatch.setattr("hstu_lab.ops.triton_attention.default_tiles", lambda *arguments: tiles)
+    got, expected = attention_case([64, 5, 20, 3], bias=bias, candidates=candidates)
     assert error(got, expected) < 1e-5
 
 
@@ -93,7 +104,7 @@ def test_bucket_cells_agree_with_the_thresholds():
     octaves = [2**o * q // 4 for o in range(2, 31) for q in (4, 5, 6, 7)]
     seconds = {s + e for s in (*thresholds, *octaves) for e in (-65, -1, 0, 1, 65)} | set(range(2000))
     seconds = torch.tensor(sorted(s for s in seconds if 0 <= s < 2**31 - 1))
-    _, cells = triton_attention.bucket_tables(64, torch.device("cpu"))
+    _, cells = triton_bias.bucket_tables(64, torch.device("cpu"))
     entry = cells[seconds.to(torch.int32).float().view(torch.int32) >> 21]
     bucket = (entry >> 32) + (seconds >= (entry & 0xFFFFFFFF))
     assert torch.equal(bucket, reference.time_bucket(seconds, 64))
@@ -105,7 +116,7 @@ def test_refuses_what_it_would_compute_wrongly():
     with pytest.raises(ValueError, match="times is None"):
         triton_ops.attention_jagged(q, q, q, offsets, divisor=8, bias=bias)
     with pytest.raises(ValueError, match="at most 72"):
-        triton_attention.bucket_tables(80, torch.device("cpu"))
+        triton_bias.bucket_tables(80, torch.device("cpu"))
     q = q.double()
     with pytest.raises(TypeError, match="float64"):
         triton_ops.attention_jagged(q, q, q, offsets, divisor=8)
@@ -154,5 +165,5 @@ def test_long_sequences_on_the_gpu(bias, d):
 @cpu_only
 def test_a_long_history_is_prepared_in_parts():
     """Tiles of 16 in the interpreter: 420 events are 27 tiles of keys, enough for several programs to share a row of tiles."""
-    assert triton_attention.parts_of(27) > 1
+    assert triton_bias.parts_of(27) > 1
     assert error(*attention_case([420], heads=1, bias="both", max_seq_len=512)) < 1e-5

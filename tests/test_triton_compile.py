@@ -1,7 +1,7 @@
 """Every kernel compiles for an A100 and an H100 on a machine without a GPU, with the instructions it was written for."""
 
 import pytest
-from triton_cases import GPU, triton_attention, triton_ops
+from triton_cases import GPU, triton_ops, triton_tiles
 
 from hstu_lab import roofline
 from hstu_lab.ops import triton_compile
@@ -42,7 +42,7 @@ def test_bias_is_loaded_in_pairs_and_rows_eight_apart_share_them():
 
 
 def test_a_bucket_boundary_is_a_saturating_subtraction():
-    tiles = triton_attention.Tiles(64, 64, 32)
+    tiles = triton_tiles.Tiles(64, 64, 32)
     body, scores = loop_of("attention_bias")
     assert sum("FADD.SAT" in line for line in body) == tiles.ladder * scores
     assert not any("FSEL" in line for line in body)
@@ -53,8 +53,29 @@ def test_a_bucket_boundary_is_a_saturating_subtraction():
 )
 def test_the_roofline_counts_instructions_as_they_are(name, bias):
     body, scores = loop_of(name)
-    unlikely = 2 * (triton_attention.Tiles(64, 64, 32).ladder - 1) if bias == "position+time" else 0
+    unlikely = 2 * (triton_tiles.Tiles(64, 64, 32).ladder - 1) if bias == "position+time" else 0
     assert len(body) / scores - unlikely == pytest.approx(roofline.INSTRUCTIONS[bias], rel=0.15)
+
+
+def test_units_are_busy_for_as_long_as_their_instructions_take():
+    lines = [
+        "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;",
+        "@!P0 MUFU.TANH R4, R5 ;",
+        "FFMA R4, R4, R5, R4 ;",
+        "UMOV UR4, URZ ;",
+    ]
+    lines += ["F2FP.BF16.F32.PACK_AB R4, R5, R6 ;", "FADD.SAT R1, R2, -8 ;"]
+    clocks = triton_compile.clocks_by_unit([f"        /*{16 * at:04x}*/    {line}" for at, line in enumerate(lines)])
+    assert clocks == {"tensor cores": 64, "special functions": 8, "float32": 2, "conversions": 2, "issue": 6}
+
+
+def test_products_and_tanh_of_a_tile_take_the_same_time_at_head_width_64():
+    """64 x 64 scores: two products of 64 x 64 x 64 at 4,096 FLOP a clock, and 4,096 tanh at 16."""
+    body, scores = loop_of("attention")
+    clocks = triton_compile.clocks_by_unit(body)
+    assert scores == 32
+    assert clocks["tensor cores"] == clocks["special functions"] == 256
+    assert clocks["issue"] == len(body)
 
 
 @pytest.mark.parametrize("d", [64, 128])

@@ -123,6 +123,13 @@ def candidates_case(seed: int, dtype=torch.float32, heads=2, d=16, page=4, longe
     return got, expected
 
 
+def test_candidates_refuse_a_block_table_that_the_compiled_kernel_cannot_read():
+    q, cache, lens = (torch.zeros(*shape, device=DEVICE) for shape in ((1, 1, 16), (2, 4, 1, 16), (1,)))
+    where = torch.tensor([[0, 1]], device=DEVICE), torch.tensor([0, 1], device=DEVICE), lens.int(), lens.int()
+    with pytest.raises(TypeError, match=r"block_table is torch.int64: .* give block_table.int\(\)"):
+        triton_candidates.attention_candidates(q, cache, cache, *where, None, divisor=8)
+
+
 @pytest.mark.skipif(GPU, reason="the interpreter's small tiles; the GPU test draws longer histories")
 @pytest.mark.parametrize("bias", BIASES)
 def test_candidates_without_a_place_in_the_cache(bias):

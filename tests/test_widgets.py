@@ -299,6 +299,15 @@ def test_a_missed_target_shows():
     assert [line.get_xdata()[0] for line in axes.lines] == [75, 75]
 
 
+def test_clocks_of_every_unit_and_the_recorded_ones_are_drawn():
+    clocks = dict(zip(widgets.UNIT_CLOCKS, (256.0, 128.0, 64.0, 32.0, 200.0)))
+    axes = widgets.unit_clocks({"ours": clocks, "other": dict.fromkeys(clocks, 10.0)}, {"ours": 500.0}).axes[0]
+    assert [patch.get_width() for patch in axes.patches] == [*clocks.values(), *[10] * 5]
+    assert [list(line.get_xdata()) for line in axes.lines] == [[500, 500]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["ours", "other"]
+    assert axes.get_xlim()[1] > 500
+
+
 def test_the_table_of_replicas_shows_peak_ceiling_and_latencies_in_order():
     entry = lambda rate: {"requests/s": rate, "p50 s": 0.02, "p99 s": 0.1}  # noqa: E731
     table = {

@@ -8,7 +8,7 @@ interpret = triton.knobs.runtime.interpret
 triton.knobs.runtime.interpret = not GPU  # only while the kernels are defined: other tests use Triton as it is
 from hstu_lab.ops import (  # noqa: E402
     reference,
-    triton_attention,
+    triton_bias,
     triton_candidates,
     triton_decode,
     triton_encoder,
@@ -16,6 +16,7 @@ from hstu_lab.ops import (  # noqa: E402
     triton_kv_write,
     triton_ops,
     triton_serving,
+    triton_tiles,
 )
 
 triton.knobs.runtime.interpret = interpret
@@ -34,7 +35,7 @@ __all__ = [
     "error",
     "paged_case",
     "reference",
-    "triton_attention",
+    "triton_bias",
     "triton_candidates",
     "triton_decode",
     "triton_encoder",
@@ -42,6 +43,7 @@ __all__ = [
     "triton_kv_write",
     "triton_ops",
     "triton_serving",
+    "triton_tiles",
 ]
 
 

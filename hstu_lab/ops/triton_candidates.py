@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hstu_lab.ops.reference import RelativeBias
-from hstu_lab.ops.triton_attention import bucket_of, bucket_tables, load_now
+from hstu_lab.ops.triton_bias import bucket_of, bucket_tables, load_now
 from hstu_lab.ops.triton_linear import project_residual, project_silu
 from hstu_lab.ops.triton_memory import layer_norm
-from hstu_lab.ops.triton_paged import LIST_ROWS, PagedTiles, sum_splits_kernel
+from hstu_lab.ops.triton_paged import PagedTiles, listed_tile, sum_splits_kernel
 from hstu_lab.ops.triton_runtime import add, check_dtype, interpreted, least, most, processors, silu_of_half
 
 
@@ -69,9 +69,7 @@ def candidates_kernel(
     b = tl.program_id(1) // tiles_m
     m0 = tl.program_id(1) % tiles_m * BLOCK_M
     if HAS_LIST:
-        entry = tl.load(TileList + tl.program_id(1))
-        b = entry // LIST_ROWS
-        m0 = entry % LIST_ROWS * BLOCK_M
+        b, m0 = listed_tile(TileList, BLOCK_M)
     start = tl.load(QueryOffsets + b).to(tl.int64)
     count = (tl.load(QueryOffsets + b + 1) - start).to(tl.int32)
     if m0 < count:
@@ -232,6 +230,8 @@ def _attend(
     q, key_cache, value_cache, block_table, query_offsets, seq_lens, history_lens, buckets, parts, tiles, programs, tiles_m,
     divisor, bias, own, tile_list, itself: bool = True,
 ) -> None:  # fmt: skip
+    if block_table.dtype != torch.int32:  # its entries are loaded past the pipeliner, 32 bits each
+        raise TypeError(f"block_table is {block_table.dtype}: candidates take int32, give block_table.int()")
     total, heads, d = q.shape
     own_keys, own_values = own or (None, None)
     position, time = (bias.position, bias.time) if bias else (None, None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import math
 import pathlib
 import re
 import subprocess
@@ -23,7 +24,10 @@ from triton.compiler import ASTSource
 
 from hstu_lab.ops.reference import RelativeBias
 
-_MODULES = ("triton_runtime", "triton_attention", "triton_memory", "triton_linear", "triton_paged")
+_MODULES = (
+    "triton_runtime", "triton_tiles", "triton_bias", "triton_attention", "triton_memory", "triton_linear", "triton_paged",
+)  # fmt: skip
+"""In the order of their imports."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +59,31 @@ class CompiledKernel:
         inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
         bodies = [[line for line in lines[start : end + 1] if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line)] for start, end in inner]
         return max(bodies, key=lambda body: sum(f" {mnemonic}" in line for line in body))
+
+
+_LANES = {"MUFU": ("special functions", 4), "F2FP": ("conversions", 16), "I2FP": ("conversions", 16)} | dict.fromkeys(
+    ("FADD", "FMUL", "FFMA"), ("float32", 32)
+)
+
+
+def clocks_by_unit(instructions: list[str]) -> dict[str, float]:
+    """Clocks that each unit of a Hopper SM is busy with these instructions (lines of `CompiledKernel.loop`) of one warp group.
+
+    An SM has four schedulers, and each of the group's four warps is on one of its own. A scheduler issues an instruction a clock,
+    of any kind; its units take the 32 threads of a warp 32 (float32), 16 (conversions) or 4 (special functions) at a time, and
+    the tensor cores of the SM do 4,096 FLOP of a product of half precision. Source: CUDA C++ Programming Guide, throughput of
+    native arithmetic instructions, compute capability 9.0; NVIDIA H100 white paper. Waiting is not counted.
+    """
+    clocks = dict.fromkeys(("tensor cores", "special functions", "float32", "conversions", "issue"), 0.0)
+    for line in instructions:
+        word = re.search(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)(?:\.(\d+)x(\d+)x(\d+))?", line)
+        clocks["issue"] += 1
+        if word.group(1) == "HGMMA":
+            clocks["tensor cores"] += 2 * math.prod(map(int, word.groups()[1:])) / 4096
+        elif word.group(1) in _LANES:
+            unit, lanes = _LANES[word.group(1)]
+            clocks[unit] += 32 / lanes
+    return clocks
 
 
 @functools.cache
@@ -119,27 +148,27 @@ def _extend(d: int) -> tuple[object, dict, int, None, dict, int]:
 def _specification(name: str, capability: int, d: int, length: int) -> tuple[object, dict, int, int, dict, int | None]:
     """(kernel, compile-time arguments, warps, stages, tensor descriptors, register cap) of the variant that is shown."""
     modules = compiled_modules()
-    attention, memory, linear, paged = (modules[m] for m in _MODULES[1:])
+    tuned, bias_module, attention, memory, linear, paged = (modules[m] for m in _MODULES[1:])
     tma = capability >= 90
     if name in ("attention", "attention_position", "attention_bias"):
         position, time = name != "attention", name == "attention_bias"
         bias = RelativeBias(*(torch.zeros(1, 1) if there else None for there in (position, time)))
-        tiles = attention.default_tiles(torch.bfloat16, d, length, 128, bias, capability)
+        tiles = tuned.default_tiles(torch.bfloat16, d, length, 128, bias, capability)
         descriptors = dict.fromkeys(("KTiles", "VTiles"), f"tensordesc<bf16[{tiles.block_n}, {d}]>") if tma else {}
-        arguments = _attention(d, position, time, tma, tiles, attention.parts_of(triton.cdiv(length, tiles.block_n)))
+        arguments = _attention(d, position, time, tma, tiles, bias_module.parts_of(triton.cdiv(length, tiles.block_n)))
         return attention.attention_kernel, arguments, tiles.num_warps, tiles.num_stages, descriptors, tiles.maxnreg
     if name == "prepare":
         table = torch.zeros(1, 1)
-        tiles = attention.default_tiles(torch.bfloat16, d, length, 128, RelativeBias(table, table), capability)
-        parts = attention.parts_of(triton.cdiv(length, tiles.block_n))
+        tiles = tuned.default_tiles(torch.bfloat16, d, length, 128, RelativeBias(table, table), capability)
+        parts = bias_module.parts_of(triton.cdiv(length, tiles.block_n))
         arguments = {
             "HAS_POSITION": True, "HAS_TIME": True, "HAS_CANDIDATES": False, "LADDER": tiles.ladder, "BLOCK_M": tiles.block_m,
-            "BLOCK_N": tiles.block_n, "BISECT": tiles.block_n.bit_length() - 1, "CHUNK": attention.CHUNK.value,
+            "BLOCK_N": tiles.block_n, "BISECT": tiles.block_n.bit_length() - 1, "CHUNK": bias_module.CHUNK.value,
             "SCAN": 1024 if parts == 1 else 512,
             "TABLE_BLOCK": 512, "WIDE": False, "PARTS": parts,
             "NumCandidates": None,
         }  # fmt: skip
-        return attention.prepare_kernel, arguments, 4 if parts == 1 else 1, 3, {}, None
+        return bias_module.prepare_kernel, arguments, 4 if parts == 1 else 1, 3, {}, None
     if name == "extend" and capability >= 90:
         return _extend(d)
     if name in ("decode", "extend"):

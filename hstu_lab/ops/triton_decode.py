@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hstu_lab.ops.reference import RelativeBias
-from hstu_lab.ops.triton_attention import bucket_of, bucket_tables
+from hstu_lab.ops.triton_bias import bucket_of, bucket_tables
 from hstu_lab.ops.triton_runtime import add, capability, interpreted, least, most, processors, silu_of_half
 
 MOST_TOKENS = 32
@@ -63,14 +63,14 @@ def normed(x, shift, NormWeight, NormBias, depth, eps, DEPTH: tl.constexpr, FULL
     return (x - mean[None, :, None]) * scale[None, :, None] * weight + bias
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
-def enter_kernel(
-    X, NormWeight, NormBias, Weight, Bias, Slots, Out, Cache, x_row, c_page, c_slot, c_head, rows, columns, slots, eps,
-    DEPTH: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    WIDTH: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, HAS_CACHE: tl.constexpr, EXACT: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+@triton.jit
+def part_of(
+    rows, columns, DEPTH: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """BLOCK_N columns of SiLU(LN(X) W^T + b) for ROWS rows: U and Q to Out (T, 2, WIDTH), K and V to their slots of the cache."""
+    """This program's part of a projection: (depth, columns, rows, and which of the weights and of the inputs are there).
+
+    Depth is (GROUPS, 1, CHUNK), the masks (GROUPS or 1, BLOCK_N or ROWS, CHUNK or 1).
+    """
     group, chunk = tl.arange(0, GROUPS)[:, None, None], tl.arange(0, CHUNK)[None, None, :]
     depth = group * CHUNK + chunk
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -79,6 +79,18 @@ def enter_kernel(
     x_mask = (row < rows)[None, :, None]
     if GROUPS * CHUNK != DEPTH:
         w_mask, x_mask = w_mask & (depth < DEPTH), x_mask & (depth < DEPTH)
+    return depth, column, row, w_mask, x_mask
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def enter_kernel(
+    X, NormWeight, NormBias, Weight, Bias, Slots, Out, Cache, x_row, c_page, c_slot, c_head, rows, columns, slots, eps,
+    DEPTH: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, HAS_CACHE: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N columns of SiLU(LN(X) W^T + b) for ROWS rows: U and Q to Out (T, 2, WIDTH), K and V to their slots of the cache."""
+    depth, column, row, w_mask, x_mask = part_of(rows, columns, DEPTH, GROUPS, CHUNK, ROWS, BLOCK_N)
     # Every warp takes a part of the depth, so that no two read the same weights.
     w = tl.load(Weight + column.to(tl.int64)[None, :, None] * DEPTH + depth, mask=w_mask, other=0.0)
     bias = tl.load(Bias + column, mask=column < columns, other=0.0).to(tl.float32)
@@ -213,14 +225,7 @@ def leave_kernel(
     SPLITS: tl.constexpr, HAS_NORM: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N columns of Residual + y W^T + b for ROWS rows: y = LN(sum of Parts) * U, or U itself; U is Projected[:, 0]."""
-    group, chunk = tl.arange(0, GROUPS)[:, None, None], tl.arange(0, CHUNK)[None, None, :]
-    depth = group * CHUNK + chunk
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    w_mask = (column < columns)[None, :, None]
-    x_mask = (row < rows)[None, :, None]
-    if GROUPS * CHUNK != DEPTH:
-        w_mask, x_mask = w_mask & (depth < DEPTH), x_mask & (depth < DEPTH)
+    depth, column, row, w_mask, x_mask = part_of(rows, columns, DEPTH, GROUPS, CHUNK, ROWS, BLOCK_N)
     inside = (column < columns)[:, None] & (row < rows)[None, :]
     row = row.to(tl.int64)
     w = tl.load(Weight + column.to(tl.int64)[None, :, None] * DEPTH + depth, mask=w_mask, other=0.0)

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hstu_lab.ops.reference import RelativeBias
-from hstu_lab.ops.triton_attention import bucket_of, bucket_tables
+from hstu_lab.ops.triton_bias import bucket_of, bucket_tables
 from hstu_lab.ops.triton_runtime import add, capability, check_dtype, interpreted, least, most, processors, silu_of_half, use_tma
 
 LIST_ROWS = tl.constexpr(1 << 16)
@@ -35,6 +35,13 @@ class PagedTiles:
     num_stages: int = 3
     splits: int = 1
     maxnreg: int | None = None
+
+
+@triton.jit
+def listed_tile(TileList, BLOCK_M: tl.constexpr):
+    """(sequence, first query) of this program's entry of a tile list."""
+    entry = tl.load(TileList + tl.program_id(1))
+    return entry // LIST_ROWS, entry % LIST_ROWS * BLOCK_M
 
 
 @triton.jit
@@ -148,9 +155,7 @@ def paged_kernel(
     b = tl.program_id(1) // tiles_m
     m0 = (tiles_m - 1 - tl.program_id(1) % tiles_m) * BLOCK_M
     if HAS_LIST:
-        entry = tl.load(TileList + tl.program_id(1))
-        b = entry // LIST_ROWS
-        m0 = entry % LIST_ROWS * BLOCK_M
+        b, m0 = listed_tile(TileList, BLOCK_M)
     start = tl.load(QueryOffsets + b).to(tl.int64)
     count = (tl.load(QueryOffsets + b + 1) - start).to(tl.int32)
     if m0 < count:

@@ -26,7 +26,16 @@ from hstu_lab.widgets.engines import (
     padded_length,
     profile_cliff,
 )
-from hstu_lab.widgets.kernels import TILE_COLOURS, rates_by_length, share_bars, tile_explorer, tile_kinds, tile_map
+from hstu_lab.widgets.kernels import (
+    TILE_COLOURS,
+    UNIT_CLOCKS,
+    rates_by_length,
+    share_bars,
+    tile_explorer,
+    tile_kinds,
+    tile_map,
+    unit_clocks,
+)
 from hstu_lab.widgets.latency import latency_by_length, latency_explorer, stage_waterfall, strategy_waterfall, time_lengths
 from hstu_lab.widgets.layouts import (
     GROUP_COLOURS,

@@ -11,6 +11,9 @@ import numpy as np
 from hstu_lab.widgets.base import EDGE, STYLE, Explorer, Figure, source_line
 
 TILE_COLOURS = {"skipped": "#eeeeee", "whole": "#0072b2", "masked": "#e69f00"}
+UNIT_CLOCKS = {
+    "tensor cores": "#0072b2", "special functions": "#d55e00", "float32": "#009e73", "conversions": "#cc79a7", "issue": "#999999"
+}  # fmt: skip
 _TILE_EDGE = {"edgecolor": "white", "linewidth": 0.5}
 
 
@@ -103,5 +106,33 @@ def share_bars(rows: Mapping[str, float], target: Callable[[str], float | None],
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
         axes.set(xlabel="% of the ceiling; dark line: the target", title=title, xlim=(0, 100 * max(rows.values()) * 1.12))
+        source_line(figure, source)
+    return figure
+
+
+def unit_clocks(
+    rows: Mapping[str, Mapping[str, float]], recorded: Mapping[str, float], title: str = "", source: str = ""
+) -> Figure:
+    """Clocks a tile that each unit is busy, {kernel: {unit: clocks}}, as bars; a dark line at a tile's `recorded` clocks."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(8.5, 1.5 + 0.85 * len(rows))
+        axes = figure.subplots()
+        for row, (name, clocks) in enumerate(rows.items()):
+            for number, (unit, colour) in enumerate(UNIT_CLOCKS.items()):
+                y = row + 0.15 * (number - (len(UNIT_CLOCKS) - 1) / 2)
+                axes.barh(y, clocks[unit], height=0.15, color=colour, label=unit if row == 0 else None, **EDGE)
+                axes.annotate(
+                    f"{clocks[unit]:.0f}", (clocks[unit], y), (3, 0), textcoords="offset points", va="center", fontsize=7
+                )
+            if name in recorded:
+                axes.plot([recorded[name]] * 2, [row - 0.42, row + 0.42], color="#444444", linewidth=1.5)
+        axes.set_yticks(range(len(rows)), list(rows), fontsize=9)
+        axes.set_ylim(len(rows) - 0.45, -0.55)
+        axes.grid(axis="y", visible=False)
+        longest = max([*recorded.values(), *(clocks for units in rows.values() for clocks in units.values())])
+        axes.set(xlabel="clocks a tile of 64 x 64; dark line: recorded", title=title, xlim=(0, 1.1 * longest))
+        figure.legend(
+            *axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(UNIT_CLOCKS), frameon=False, fontsize=9
+        )
         source_line(figure, source)
     return figure
