@@ -8,6 +8,8 @@ import os
 import pathlib
 import sys
 
+from hstu_lab.options import parser, refuse_idle_flags
+
 # Before torch is imported: its C++ side reports how it bound memory.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 # Threads that spin while they wait make small operators several times slower on a busy machine.
@@ -18,8 +20,8 @@ DEFAULT_USERS = {"batch": None, "benchmark": 64, "comprehensive": 32}
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status. Errors that a user can mend are one line on stderr and status 2."""
-    options = _parser().parse_args(arguments)
     try:
+        options = parser(COMMANDS).parse_args(arguments)
         return options.run(options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -38,99 +40,6 @@ def _is_ours(error: Exception) -> bool:
     return type(error).__module__.startswith("hstu_lab")
 
 
-def _parser() -> argparse.ArgumentParser:
-    from hstu_lab.ops import BACKENDS
-    from hstu_lab.settings import PRECISIONS, STRATEGIES, TASK_NAMES
-
-    parser = argparse.ArgumentParser(prog="python -m hstu_lab", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--config", metavar="FILE", help="settings as TOML (default: hstu_lab.toml, where there is one)")
-    common.add_argument("--log-level", choices=("DEBUG", "INFO", "WARNING", "ERROR"), type=str.upper)
-    common.add_argument("--log-file", metavar="FILE", help="write the log here as well as to stderr")
-    common.add_argument("--json", action="store_true", help="print JSON on stdout, nothing else")
-
-    serving = argparse.ArgumentParser(add_help=False)
-    serving.add_argument("--events", metavar="FILE", help="JSONL, Parquet, or MovieLens-1M folder or zip (default: the sample)")
-    serving.add_argument("--checkpoint", metavar="FOLDER", help="default: the newest one trained on the items of --events")
-    serving.add_argument("--user", metavar="ID", help="default: the first user of the events")
-    serving.add_argument("--users", type=_positive, metavar="N", help="how many users (modes batch, benchmark, comprehensive)")
-    serving.add_argument("--task", choices=TASK_NAMES)
-    serving.add_argument("--strategy", choices=("auto", *STRATEGIES))
-    serving.add_argument("--ops", choices=tuple(BACKENDS), help="operators of the PyTorch and vLLM stages")
-    serving.add_argument("--precision", choices=PRECISIONS, help="of the ONNX Runtime and TensorRT stages (default: fp32)")
-    serving.add_argument("--batch-size", type=_positive, metavar="N")
-    serving.add_argument("--reject-file", metavar="FILE", help="where bad rows go (mode batch: beside the events)")
-
-    modes = ("single", "batch", "benchmark", "comprehensive")
-    recommend = commands.add_parser("recommend", parents=[common, serving], help="ten items for a user, or for all of them")
-    recommend.add_argument("--mode", choices=modes, default="single")
-    recommend.set_defaults(run=_recommend)
-    benchmark = commands.add_parser("benchmark", parents=[common, serving], help="latency and throughput, with agreement")
-    benchmark.add_argument("--mode", choices=modes, default="benchmark")
-    benchmark.set_defaults(run=_recommend)
-
-    serve = commands.add_parser("serve", parents=[common], help="answer over HTTP, the engine in a supervised process of its own")
-    serve.add_argument("--checkpoint", metavar="FOLDER", help="default: the shipped one")
-    serve.add_argument("--strategy", choices=("auto", *STRATEGIES), help="auto: vllm if it is here")
-    serve.add_argument("--ops", choices=tuple(BACKENDS), help="operators of the PyTorch and vLLM stages")
-    serve.add_argument("--host", default="127.0.0.1", help="another than loopback needs a token")
-    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
-    serve.add_argument("--token-file", metavar="FILE", help="file with the bearer token (default: HSTU_LAB_TOKEN, where set)")
-    serve.add_argument("--max-in-flight", type=_positive, default=64, help="more requests than that get 429 (default: 64)")
-    serve.add_argument("--deadline-ms", type=_positive, default=5000, help="of requests that name none (default: 5000)")
-    serve.set_defaults(run=_serve)
-
-    load = commands.add_parser(
-        "load", parents=[common], help="send the log's visits to a service here; p50/p95/p99, goodput, the knee"
-    )
-    load.add_argument("--url", default="http://127.0.0.1:8000", help="loopback only; HSTU_LAB_TOKEN is sent along")
-    load.add_argument("--events", metavar="FILE", help="the log whose visits are sent (default: the sample)")
-    load.add_argument("--task", choices=TASK_NAMES)
-    load.add_argument("--rates", default="5,10,20,40,80", help="requests/s of the open loop, one run each")
-    load.add_argument("--clients", type=_positive, metavar="N", help="a closed loop of N clients instead")
-    load.add_argument("--seconds", type=float, default=5.0, help="of each run (default: 5)")
-    load.add_argument("--limit-ms", type=float, default=200.0, help="p99 that the knee must keep (default: 200)")
-    load.add_argument("--record", metavar="NAME", help="write data/measured/DEVICE/NAME.json and figures/NAME.png")
-    load.add_argument("--note", metavar="TEXT", help="what else a reader of the record must know")
-    load.set_defaults(run=_load)
-
-    doctor = commands.add_parser("doctor", parents=[common], help="what this machine can run")
-    doctor.add_argument("--deep", action="store_true", help="import every engine instead of only looking for it")
-    doctor.set_defaults(run=_doctor)
-
-    train = commands.add_parser("train", parents=[common], help="train a checkpoint")
-    train.add_argument("--events", default="synthetic", metavar="FILE", help="as for recommend, or `synthetic` (default)")
-    train.add_argument("--preset", default="small", help="tiny, small (default), ml-1m, ml-1m-large or gr-3b")
-    train.add_argument("--minutes", type=float, help="stop after so many minutes (default: 5, where --steps is not given)")
-    train.add_argument("--steps", type=_positive, help="stop after so many steps")
-    train.add_argument("--out", metavar="FOLDER", help="default: data/checkpoints/local/PRESET")
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--resume", action="store_true", help="go on where the training in --out stopped")
-    train.add_argument("--reject-file", metavar="FILE")
-    train.set_defaults(run=_train)
-
-    export = commands.add_parser("export", parents=[common], help="a checkpoint as three ONNX models or TensorRT engines")
-    export.add_argument("--to", choices=("onnx", "tensorrt"), default="onnx")
-    export.add_argument("--precision", choices=PRECISIONS, default="fp32")
-    export.add_argument("--checkpoint", metavar="FOLDER", help="default: the shipped one")
-    export.add_argument("--events", metavar="FILE", help="log that int8 is calibrated with (default: the sample)")
-    export.add_argument("--out", metavar="FOLDER", help="default: the cache that the strategies onnx and tensorrt read")
-    export.add_argument("--target", metavar="SM", help="GPU to build engines for (default: this machine's, else sm_80, an A100)")
-    export.add_argument("--workspace-mb", type=_positive, metavar="N", help="GPU memory an engine may use while it runs")
-    export.add_argument("--batch-size", type=_positive, metavar="N", help="largest batch of the engines")
-    export.set_defaults(run=_export)
-    return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
 def _settings(options: argparse.Namespace):
     from hstu_lab.settings import configure_logging, load_settings
 
@@ -146,6 +55,7 @@ def _settings(options: argparse.Namespace):
 
 
 def _recommend(options: argparse.Namespace) -> int:
+    refuse_idle_flags(options)
     settings = _settings(options)
     from hstu_lab.pipeline import Recommender
     from hstu_lab.strategies import StrategyUnavailable, missing
@@ -260,11 +170,23 @@ def _measure(recommender, histories, settings, options: argparse.Namespace) -> i
 
 def _serve(options: argparse.Namespace) -> int:
     settings = _settings(options)
+    from hstu_lab.environment import doctor
     from hstu_lab.server import ServerError, ServerOptions, serve
 
+    # The engine's own process would find these out after the port is taken, and try again for ever.
+    if settings.checkpoint and not (settings.checkpoint / "model.safetensors").is_file():
+        raise ServerError(f"checkpoint {settings.checkpoint}: no model.safetensors there; `python -m hstu_lab train` makes one")
+    for strategy in doctor().strategies:
+        if strategy.name == settings.strategy and not strategy.available:
+            raise ServerError(f"strategy {strategy.name} cannot run here: {strategy.reason}")
     token = os.environ.get("HSTU_LAB_TOKEN") or None
     if options.token_file:
-        token = pathlib.Path(options.token_file).read_text().strip()
+        try:
+            token = pathlib.Path(options.token_file).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ServerError(
+                f"--token-file {options.token_file} cannot be read ({error}): give a text file with the token"
+            ) from error
         if not token:
             raise ServerError(f"--token-file {options.token_file} is empty: write the token into it")
     where = ServerOptions(options.host, options.port, token, options.max_in_flight, options.deadline_ms)
@@ -278,10 +200,6 @@ def _load(options: argparse.Namespace) -> int:
     from hstu_lab import events, load
     from hstu_lab.pipeline import SAMPLE
 
-    try:
-        rates = [float(rate) for rate in options.rates.split(",")]
-    except ValueError as error:
-        raise load.LoadError(f"--rates {options.rates}: give numbers with commas between them") from error
     log = events.read_events(settings.events or SAMPLE)
     sample = load.bodies(log, 2000, task=settings.task, deadline_ms=5000)
 
@@ -291,7 +209,7 @@ def _load(options: argparse.Namespace) -> int:
             if options.clients:
                 return service, [(await load.closed_loop(client, sample, options.clients, options.seconds)).to_dict()]
             return service, await load.sweep(
-                client, sample, rates, options.seconds, report=(lambda _: None) if options.json else print
+                client, sample, options.rates, options.seconds, report=(lambda _: None) if options.json else print
             )
 
     service, rows = asyncio.run(run())
@@ -358,6 +276,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    refuse_idle_flags(options)
     settings = _settings(options)
     from hstu_lab import onnx_export
     from hstu_lab.model import load_checkpoint
@@ -398,6 +317,12 @@ def _build_engines(folder, settings, options: argparse.Namespace) -> int:
     for path in paths.values():
         print(f"{path}\n  {read_header(path)}")
     return 0
+
+
+COMMANDS = {
+    "recommend": _recommend, "benchmark": _recommend, "serve": _serve, "load": _load, "doctor": _doctor, "train": _train,
+    "export": _export,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

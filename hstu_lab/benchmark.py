@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import pathlib
 import time
 from collections.abc import Sequence
@@ -133,11 +132,11 @@ def row(result: StrategyResult) -> dict:
 
 
 def table(rows: Sequence[dict]) -> str:
-    """One line a task and strategy."""
+    """One line a task and strategy; the agreement is with `eager`."""
     lines = [f"{'task':<7} {'strategy':<9} {'p50 ms':>9} {'p95 ms':>9} {'p99 ms':>9} {'users/s':>9}  same ten  same candidates"]
     for row in rows:
-        agreed = row.get("agreement with eager", {})
-        shares = f"{agreed.get('items', math.nan):8.1%}  {agreed.get('candidates', math.nan):15.1%}"
+        agreed = row.get("agreement with eager")  # of one strategy alone there is none
+        shares = f"{agreed['items']:8.1%}  {agreed['candidates']:15.1%}" if agreed else f"{'-':>8}  {'-':>15}"
         times = " ".join(f"{row[p]:9.2f}" for p in ("p50", "p95", "p99"))
         lines.append(f"{row['task']:<7} {row['strategy']:<9} {times} {row['users per second']:9.1f}  {shares}")
     return "\n".join(lines)

@@ -10,6 +10,9 @@ ACTIONS = ("none", "impression", "click", "like", "share", "purchase", "dwell")
 
 TASKS = ("engagement", "retention", "monetization")
 RAB_KINDS = ("none", "position", "position+time")
+PRECISIONS = ("fp32", "fp16", "int8")
+"""Of exported graphs and engines."""
+
 SCHEMA_VERSION = 1
 COUNTS = (
     "num_items", "num_users", "d_model", "num_layers", "num_heads", "d_qk", "d_v", "max_seq_len", "num_time_buckets",

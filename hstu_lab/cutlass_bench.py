@@ -7,11 +7,9 @@ Every ratio compares two measurements of one run, taken in turn: a GPU that has 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import itertools
-import pathlib
 import re
 import shutil
 import subprocess
@@ -24,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hstu_lab import measure
-from hstu_lab.kernel_bench import ceilings, gpu_tests, launch_ptx, run_parts
+from hstu_lab.kernel_bench import ceilings, gpu_tests, launch_ptx, parts_parser, run_parts
 from hstu_lab.model import HSTULayer
 from hstu_lab.ops import cutlass_ops, dispatch, reference, triton_ops
 from hstu_lab.ops.cute_attention import GROUP
@@ -415,16 +413,12 @@ PARTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"some of {', '.join(PARTS)}; default: all")
-    parser.add_argument("--out", type=pathlib.Path, default=None, help="folder for the records (default: data/measured)")
+    parser = parts_parser(__doc__, PARTS)
     parser.add_argument("--case", choices=("attention", "linear"), help="run one small case of these kernels, nothing else")
     arguments = parser.parse_args()
-    if unknown := set(arguments.parts) - set(PARTS):
-        parser.error(f"unknown part {unknown.pop()!r}: use some of {', '.join(PARTS)}")
     if arguments.case:
         return small_case(arguments.case)
-    run_parts({part: PARTS[part] for part in arguments.parts or PARTS}, DEVICE_COMMAND, arguments.out)
+    run_parts({part: PARTS[part] for part in arguments.parts}, DEVICE_COMMAND, arguments.out)
 
 
 if __name__ == "__main__":

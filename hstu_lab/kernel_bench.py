@@ -19,7 +19,7 @@ import pathlib
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -514,17 +514,28 @@ def _begun(fresh: measure.Record, out: pathlib.Path | None) -> measure.Record | 
     return found if found.data.get("source") == fresh.data["source"] else None
 
 
+def parts_parser(about: str, parts: Iterable[str]) -> argparse.ArgumentParser:
+    """The command line of a program of parts: `parts`, all where none is named, and `out`. `about` is its module's docstring."""
+    known = list(parts)
+
+    def part(name: str) -> str:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"there is no part {name!r}: use some of {', '.join(known)}")
+        return name
+
+    parser = argparse.ArgumentParser(description=about.split("\n")[0])
+    parser.add_argument("parts", nargs="*", type=part, default=known, metavar="part", help=f"{', '.join(known)} (default: all)")
+    parser.add_argument("--out", type=pathlib.Path, help="folder for the records (default: data/measured)")
+    return parser
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"some of {', '.join(PARTS)}; default: all")
-    parser.add_argument("--out", type=pathlib.Path, default=None, help="folder for the records (default: data/measured)")
+    parser = parts_parser(__doc__, PARTS)
     parser.add_argument(
         "--resume", action="store_true", help="leave out parts that the records there hold already, of the same code"
     )
     arguments = parser.parse_args()
-    if unknown := set(arguments.parts) - set(PARTS):
-        parser.error(f"unknown part {unknown.pop()!r}: use some of {', '.join(PARTS)}")
-    parts = {part: PARTS[part] for part in arguments.parts or PARTS}
+    parts = {part: PARTS[part] for part in arguments.parts}
     run_parts(parts, "python -m hstu_lab.kernel_bench", arguments.out, arguments.resume)
 
 

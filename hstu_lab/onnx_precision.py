@@ -15,7 +15,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-PRECISIONS = ("fp32", "fp16", "int8")
+from hstu_lab.config import PRECISIONS as PRECISIONS
+
 LEVELS = 127
 """Largest int8 value; -128 is not used, so that the scale is symmetric."""
 MOST_NOISE = 0.02

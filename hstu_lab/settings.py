@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
 import pathlib
 import sys
 import tomllib
-from typing import Literal, get_args
+from typing import Literal
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
-from hstu_lab.config import ConfigError
+from hstu_lab.config import PRECISIONS, ConfigError
+from hstu_lab.ops import BACKENDS
 
-TaskName = Literal["topk", "slate"]
-Strategy = Literal["eager", "onnx", "vllm", "tensorrt", "unified"]
-Precision = Literal["fp32", "fp16", "int8"]
-TASK_NAMES, STRATEGIES, PRECISIONS = get_args(TaskName), get_args(Strategy), get_args(Precision)
+TASK_NAMES = ("topk", "slate")
+STRATEGIES = ("eager", "onnx", "vllm", "tensorrt", "unified")
+OPS = tuple(BACKENDS)
 FILE_NAME = "hstu_lab.toml"
 
 
@@ -29,11 +30,11 @@ class Settings(BaseSettings):
     """Checkpoint folder; None picks one that was trained on the world that the events come from."""
     events: pathlib.Path | None = None
     """Event file or MovieLens folder; None takes the sample log."""
-    task: TaskName = "topk"
-    strategy: Strategy | Literal["auto"] = "auto"
-    ops: Literal["reference", "triton", "cutlass"] = "reference"
+    task: Literal[TASK_NAMES] = "topk"
+    strategy: Literal["auto", *STRATEGIES] = "auto"
+    ops: Literal[OPS] = "reference"
     """Operators of the PyTorch and vLLM stages."""
-    precision: Precision = "fp32"
+    precision: Literal[PRECISIONS] = "fp32"
     """Of the ONNX Runtime and TensorRT stages; fp16 and int8 may reorder items whose scores are close."""
     workspace_mb: int = Field(1024, ge=1)
     """GPU memory that one TensorRT engine may use while it runs, MiB."""
@@ -82,10 +83,12 @@ def load_settings(config_file: str | pathlib.Path | None = None, **flags) -> Set
         raise ConfigError(f"{path}: not TOML ({error}); see `python -m hstu_lab recommend --help` for the fields") from error
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        known = "" if field in Settings.model_fields else f"; known fields: {', '.join(Settings.model_fields)}"
-        source = "flag" if field in given else f"environment or {path}"
-        raise ConfigError(f"setting {field} ({source}) is {first['input']!r}: {first['msg']}{known}") from error
+        field = str(first["loc"][0])
+        variable = f"HSTU_LAB_{field.upper()}"
+        source = "flag" if field in given else variable if variable in os.environ else str(path)
+        known = field in Settings.model_fields
+        problem = first["msg"] if known else f"there is no such field; known fields: {', '.join(Settings.model_fields)}"
+        raise ConfigError(f"setting {field} ({source}) is {first['input']!r}: {problem}") from error
 
 
 def configure_logging(level: str, file: str | pathlib.Path | None) -> None:

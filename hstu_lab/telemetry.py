@@ -70,20 +70,6 @@ class Histogram:
             counts, below, count, low, high = self._counts[:], self._below, self.count, self.min, self.max
         return [_percentile(p, counts, below, count, low, high) for p in ps]
 
-    def merge(self, other: Histogram) -> Histogram:
-        """Add everything that `other` has counted; returns self."""
-        with other._lock:
-            counts, below, count, total, low, high = other._counts[:], other._below, other.count, other.sum, other.min, other.max
-        with self._lock:
-            for i, n in enumerate(counts):
-                if n:
-                    self._counts[i] += n
-            self._below += below
-            self.count += count
-            self.sum += total
-            self.min, self.max = min(self.min, low), max(self.max, high)
-        return self
-
     def buckets(self) -> list[tuple[float, int]]:
         """(upper bound, number of values below it) of each bucket in use, ascending: a cumulative histogram."""
         with self._lock:

@@ -12,10 +12,10 @@ import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from hstu_lab.config import PRECISIONS
 from hstu_lab.tensorrt_library import DTYPES, EngineError, Library, LibraryMissing, NoGpu, find_library, gpu_name, gpu_target
 from hstu_lab.tensorrt_plan import FORMAT, DamagedEngine, Header, Profile, TensorSpec, read_engine, read_header, write_engine
 
-PRECISIONS = ("fp32", "fp16", "int8")
 WORKSPACE = 1 << 30
 """Bytes of GPU memory that one engine may use while it runs, unless the caller says otherwise."""
 

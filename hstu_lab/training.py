@@ -15,6 +15,7 @@ import pathlib
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -314,7 +315,7 @@ def train(
     Ctrl-C ends the run after the step at hand: everything is saved, the metrics stay empty, and `resume=True` with the same
     arguments goes on from there, minutes and steps counted from the run's very start. batch_size: users of a batch (default:
     `BATCH_SIZE` of the device). `on_step(steps, loss)` is called after each step. Raises TrainingError, ConfigError or
-    EventsError before the first step where config and log do not fit or there is nothing to resume.
+    EventsError before the first step where config and log do not fit, `out` cannot be written or there is nothing to resume.
     """
     if minutes is None and steps is None:
         raise TrainingError("minutes and steps are both missing: give one of them")
@@ -324,6 +325,8 @@ def train(
     if seed < 0:
         raise TrainingError(f"seed is {seed}: give 0 or more")
     out = pathlib.Path(out)
+    if not resume:
+        _prove_writable(out)
     with torch.random.fork_rng(), _ctrl_c() as interrupted:
         trainer = Trainer(config, log, seed=seed, batch_size=batch_size, lr=lr)
         if resume:
@@ -337,6 +340,16 @@ def train(
     result = TrainingResult(out, trainer.steps, trainer.seconds, trainer.losses, metrics, interrupted.is_set())
     (out / "training.json").write_text(json.dumps(_account(result, trainer), indent=1) + "\n")
     return result
+
+
+def _prove_writable(out: pathlib.Path) -> None:
+    """Makes the folder. Found out before the minutes are spent, not after."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise TrainingError(f"out is {out}: cannot be written ({error.strerror}); give a folder that can") from error
 
 
 def _run(trainer: Trainer, log: EventLog, out: pathlib.Path, minutes, steps, interrupted, progress, on_step) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -197,6 +198,87 @@ def test_settings_are_checked_by_name(run, events, tmp_path, monkeypatch):
     assert status == 2
     assert "task" in err
     assert "tops" in err
+
+
+def test_an_unknown_field_of_the_settings_is_named_with_the_known_ones(run, events, tmp_path):
+    config = tmp_path / "own.toml"
+    config.write_text("batch_sise = 3\n")
+    _, _, err = run("--events", events, "--config", config)
+    assert "batch_sise" in err
+    assert "no such field" in err
+    assert "batch_size" in err
+    assert str(config) in err
+
+
+def test_a_bad_strategy_names_the_variable_it_came_from_and_the_choices(events, capsys, monkeypatch):
+    monkeypatch.setenv("HSTU_LAB_STRATEGY", "vlm")
+    assert main(["recommend", "--events", str(events)]) == 2
+    err = capsys.readouterr().err
+    assert "setting strategy (HSTU_LAB_STRATEGY) is 'vlm'" in err
+    assert "'auto'" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["recommend", "--strategy", "vlm"], "--strategy: invalid choice: 'vlm'"),
+        (["recommend", "--users", "-3"], "--users: -3 is no whole number from 1 on"),
+        (["recommend", "--users", "3"], "--mode batch"),
+        (["recommend", "--mode", "batch", "--users", "3", "--user", "u1"], "--users 3: one user was asked for"),
+        (["recommend", "--strategy", "eager", "--precision", "int8"], "--precision int8: no stage of strategy eager has it"),
+        (["export", "--target", "sm_80"], "--to tensorrt"),
+        (["serve", "--port", "70000"], "--port: 70000 is no port"),
+        (["serve", "--checkpoint", "nowhere"], "checkpoint nowhere: no model.safetensors there"),
+        (["serve", "--token-file", "nowhere"], "--token-file nowhere"),
+        (["load", "--seconds", "-1"], "--seconds: -1 is no number above 0"),
+        (["train", "--minutes", "soon"], "--minutes: soon is no number above 0"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        ([], "COMMAND"),
+    ],
+)
+def test_a_flag_that_cannot_be_is_one_line(capsys, arguments, said):
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert said in err
+    assert out == ""
+    assert len(err.strip().splitlines()) == 1, err
+
+
+def test_serve_refuses_a_strategy_that_cannot_run_before_it_listens(capsys, monkeypatch):
+    from hstu_lab import environment
+
+    reason = "no NVIDIA GPU to run engines"
+    found = environment.Doctor(environment.machine(), (), (environment.Strategy("tensorrt", False, reason),))
+    monkeypatch.setattr(environment, "doctor", lambda: found)
+    assert main(["serve", "--strategy", "tensorrt"]) == 2
+    assert f"strategy tensorrt cannot run here: {reason}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ops", ["triton", "cutlass"])
+def test_operators_that_want_a_gpu_are_refused_in_one_line(run, events, monkeypatch, ops):
+    import torch
+
+    for name in [name for name in sys.modules if name.startswith(("hstu_lab.ops.triton_ops", "hstu_lab.ops.cutlass_ops"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("hstu_lab.ops.triton_runtime.interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, out, err = run("--events", events, "--ops", ops)
+    assert (status, out) == (2, "")
+    assert f"ops '{ops}' cannot run here" in err
+    assert "reference" in err
+    assert len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.parametrize("command", ["recommend", "benchmark", "serve", "load", "doctor", "train", "export"])
+def test_the_help_of_a_command_leaves_no_option_unexplained(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    listed = "".join(re.split(r"^(?:options|with --to tensorrt):$", capsys.readouterr().out, flags=re.MULTILINE)[1:])
+    options = re.split(r"^  (?=-)", listed, flags=re.MULTILINE)[1:]
+    assert len(options) > 4
+    for option in options:  # "--name METAVAR", then two spaces or a new line, then words
+        assert re.match(r"-\S+(,? \S+)*\s{2,}\w+", option), option
 
 
 def test_flags_beat_environment_beat_file(run, events, tmp_path, monkeypatch):

@@ -40,6 +40,15 @@ def test_a_run_without_a_report_is_no_success(monkeypatch, tmp_path):
     assert "tests" not in record.data
 
 
+def test_parts_are_all_or_those_named_and_no_others(capsys):
+    parser = kernel_bench.parts_parser("What it does.\n\nMore.", {"one": 1, "two": 2})
+    assert parser.parse_args([]).parts == ["one", "two"]
+    assert parser.parse_args(["two"]).parts == ["two"]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["two", "three"])
+    assert "there is no part 'three': use some of one, two" in capsys.readouterr().err
+
+
 def part(number, fails=False):
     def run(record):
         record.data.setdefault("seen", []).append(number)

@@ -169,7 +169,7 @@ def test_without_a_service_the_command_says_so(capsys, tmp_path, tiny_world):
     assert main(arguments) == 2
     assert "no service answers" in capsys.readouterr().err
     assert main([*arguments, "--rates", "fast"]) == 2
-    assert "give numbers" in capsys.readouterr().err
+    assert "--rates: fast is no number" in capsys.readouterr().err
 
 
 # ---- the view

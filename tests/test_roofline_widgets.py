@@ -34,6 +34,12 @@ def test_every_product_is_on_the_roofline_and_every_operator_among_the_bars():
     assert "in all" not in widgets.roofline_plot(operators, A100, summed=False).axes[1].get_title(loc="left")
 
 
+def test_the_legend_names_what_binds_and_nothing_else():
+    operators = roofline.stack(GR3B, 8, 512)
+    (legend,) = widgets.roofline_plot(operators, A100).legends
+    assert {text.get_text() for text in legend.get_texts()} == {roofline.predict(op, A100).bound for op in operators}
+
+
 def test_dots_in_one_place_share_a_label():
     same = [roofline.gemm(str(n), 512, 1024, 1024) for n in range(3)]
     left = widgets.roofline_plot([*same, roofline.gemm("other", 1, 1024, 1024)], A100).axes[0]

@@ -40,15 +40,6 @@ def test_values_outside_the_buckets_keep_count_and_extremes(values):
     assert min(values) <= histogram.percentile(50) <= max(values)
 
 
-@given(VALUES, VALUES, PERCENT)
-def test_merging_equals_counting_everything_in_one(a, b, p):
-    merged, whole = filled(a).merge(filled(b)), filled(a + b)
-    assert merged.percentile(p) == whole.percentile(p)
-    assert merged.buckets() == whole.buckets()
-    assert merged.sum == pytest.approx(whole.sum)
-    assert (merged.count, merged.min, merged.max) == (whole.count, whole.min, whole.max)
-
-
 @given(VALUES)
 def test_buckets_are_cumulative(values):
     buckets = filled(values).buckets()
@@ -82,7 +73,6 @@ def test_an_empty_histogram_says_so():
     assert math.isnan(empty.percentile(50))
     assert math.isnan(empty.mean)
     assert empty.to_dict() == {"count": 0}
-    assert empty.merge(Histogram()).to_dict() == {"count": 0}
 
 
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])

@@ -402,6 +402,14 @@ def test_bad_arguments_are_refused(tmp_path, log, arguments, message):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_folder_that_cannot_be_written_is_found_out_before_the_first_step(tmp_path, log):
+    (tmp_path / "file").write_text("")
+    steps = []
+    with pytest.raises(TrainingError, match=r"out is .*file/run: cannot be written"):
+        train(TINY, log, tmp_path / "file" / "run", steps=1, progress=False, on_step=lambda *seen: steps.append(seen))
+    assert not steps
+
+
 def test_a_log_that_does_not_fit_the_config_is_refused(log):
     with pytest.raises(TrainingError, match=r"num_users is 60, rows for 59 users .* set num_users to 61"):
         fit_config(TINY.replace(num_users=60), log)

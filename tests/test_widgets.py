@@ -170,6 +170,19 @@ def recommender(tmp_path_factory):
         yield types.SimpleNamespace(made=made, histories=[log.history(i) for i in range(len(log))])
 
 
+def test_matrices_have_a_scale_that_fits_what_they_hold():
+    signed, counts, mask = np.array([[-2.0, 1.0]]), np.array([[0, 30]]), np.array([[True, False]])
+
+    def scales(**options):
+        figure = widgets.matrices(**options)
+        pictures = [axes.images[0] for axes in figure.axes if axes.images]
+        return [(image.get_cmap().name, *image.get_clim()) for image in pictures], len(figure.axes) - len(pictures)
+
+    assert scales(panels={"a": signed, "b": counts}) == ([("RdBu_r", -30.0, 30.0)] * 2, 1)
+    assert scales(panels={"a": signed, "b": counts}, shared=False) == ([("RdBu_r", -2.0, 2.0), ("Blues", 0.0, 30.0)], 2)
+    assert scales(panels={"a": mask}) == ([("Greys", 0.0, 1.0)], 0), "a mask needs no scale"
+
+
 def test_moving_the_slider_runs_a_real_recommendation(recommender):
     made, histories = recommender.made, recommender.histories
     explorer = widgets.latency_explorer(made, histories)
@@ -180,7 +193,7 @@ def test_moving_the_slider_runs_a_real_recommendation(recommender):
     before = bytes(explorer.image.value)
     slider.value = slider.min
     assert made.telemetry.summary()["strategies"]["eager"]["total"]["count"] > answered
-    assert explorer.label.value.startswith(f"{slider.min} events of {histories[0].user}: ")
+    assert explorer.label.value.startswith(f"1 event of {histories[0].user}: ")
     assert float(explorer.label.value.split(": ")[1].split(" ms")[0]) > 0
     assert bytes(explorer.image.value) != before
     users.value = histories[1].user

@@ -20,7 +20,6 @@ EDGE_SETS = {
     "powers of two: 64 … 2048": (64, 128, 256, 512, 1024, 2048),
     "every 256": tuple(range(256, 2049, 256)),
 }
-PRECISION_COLOURS = {"fp32": "#999999", "fp16": "#0072b2", "int8": "#e69f00"}
 
 
 def stack_ms(config: ModelConfig, batch: int, length: int, device: str, dtype: str = "fp16") -> float:

@@ -70,7 +70,7 @@ def latency_by_length(rows: Mapping[int, Mapping[str, float]], length: int | Non
         figure = Figure(10 if length is not None else 7.5, 3.2)
         panels = figure.subplots(1, 2 if length is not None else 1, squeeze=False)[0]
         if length is not None:
-            _waterfall(panels[0], rows[length], f"{length} events")
+            _waterfall(panels[0], rows[length], _events(length))
         axes, bottom = panels[-1], [0.0] * len(rows)
         ticks = [str(n) for n in rows]
         for stage, colour in stage_colours(stages).items():
@@ -84,6 +84,10 @@ def latency_by_length(rows: Mapping[int, Mapping[str, float]], length: int | Non
         axes.set(xlabel="events of history", ylabel="ms", title="Latency against history length")
         axes.legend(frameon=False, fontsize=9)
     return figure
+
+
+def _events(count: int) -> str:
+    return f"{count} event" if count == 1 else f"{count} events"
 
 
 def time_lengths(recommender, history, lengths: Sequence[int], repeats: int = 3) -> dict[int, dict[str, float]]:
@@ -107,7 +111,8 @@ def latency_explorer(recommender, histories: Sequence) -> Explorer:
     def draw(user: str, length: int) -> tuple[str, Figure]:
         rows = seen.setdefault(user, {})
         rows |= time_lengths(recommender, histories[user], [length])
-        return f"{length} events of {user}: {sum(rows[length].values()):.2f} ms (measured here)", latency_by_length(rows, length)
+        text = f"{_events(length)} of {user}: {sum(rows[length].values()):.2f} ms (measured here)"
+        return text, latency_by_length(rows, length)
 
     users = ipywidgets.Dropdown(options=list(histories), description="user")
     step = max(longest // 16, 1)

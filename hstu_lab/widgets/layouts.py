@@ -85,7 +85,7 @@ def bank_explorer() -> Explorer:
 def owner_map(operands: Sequence[str]) -> Figure:
     """Which thread of a warp holds which element of mma.m16n8k16's operands, coloured by thread (CuTe's tables, computed)."""
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        figure = Figure(9.6, 4.6)
+        figure = Figure(10.5, 4.8)
         shapes = [_algebra().mma_owners(operand).shape for operand in operands]
         axes = figure.subplots(1, len(operands), width_ratios=[shape[1] for shape in shapes], squeeze=False)[0]
         colours = matplotlib.colormaps["tab20"]
@@ -96,9 +96,11 @@ def owner_map(operands: Sequence[str]) -> Figure:
                 for column in range(columns):
                     thread, value = owners[row, column]
                     one.add_patch(Rectangle((column, row), 1, 1, facecolor=colours(thread % 20), alpha=0.55, **EDGE))
-                    one.text(column + 0.5, row + 0.5, f"{thread}.{value}", ha="center", va="center", fontsize=5.5)
+                    one.text(column + 0.5, row + 0.5, f"{thread}.{value}", ha="center", va="center", fontsize=6.5)
             names = {"A": ("k", "m"), "B": ("k", "n"), "C": ("n", "m"), "wgmma C": ("n", "m")}
             one.set(xlim=(0, columns), ylim=(rows, 0), xlabel=names[operand][0], ylabel=names[operand][1])
+            one.set_xticks(np.arange(0, columns, 2) + 0.5, range(0, columns, 2))
+            one.set_yticks(np.arange(0, rows, 2) + 0.5, range(0, rows, 2))
             one.set_title(operand if owners.shape[0] <= 16 else f"{operand}, first 16 rows")
     return figure
 
@@ -156,10 +158,8 @@ def overlap_map(orders: Sequence[str], groups: int, product: float, silu: float,
                 one.text((start + end) / 2, row + 0.5, f"{group + 1}", ha="center", va="center", fontsize=7, color="white")
             one.set(ylim=(2, 0), xlim=(0, last))
             one.set_yticks([0.5, 1.5], ["tensor core", "SiLU units"])
-            share = tensor_share(order, groups, product, silu)
-            one.set_title(
-                f"{order}, {groups} warpgroups: tensor core busy {100 * share:.0f} % of a long loop (modelled)", fontsize=9
-            )
+            share, who = tensor_share(order, groups, product, silu), f"{groups} warpgroup{'s' * (groups > 1)}"
+            one.set_title(f"{order}, {who}: tensor core busy {100 * share:.0f} % of a long loop (modelled)", fontsize=9)
         axes[-1].set_xlabel("time, in products of one tile")
         handles = [matplotlib.patches.Patch(color=colour, label=work) for work, colour in UNIT_COLOURS.items()]
         figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)

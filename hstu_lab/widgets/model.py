@@ -12,17 +12,35 @@ from hstu_lab.ops import reference
 from hstu_lab.widgets.base import EDGE, STYLE, Explorer, Figure
 
 
-def matrices(panels: Mapping[str, Sequence], xlabel: str = "looks at", ylabel: str = "position") -> Figure:
-    """Square pictures side by side: panels is {title: matrix (Q, K)}; one scale of colours for all, white is zero."""
-    values = {title: np.asarray(matrix, dtype=float) for title, matrix in panels.items()}
-    most = max(max(abs(v).max() for v in values.values()), 1e-12)
+def matrices(panels: Mapping[str, Sequence], xlabel: str = "looks at", ylabel: str = "position", shared: bool = True) -> Figure:
+    """Square pictures side by side: panels is {title: matrix (Q, K)}; white is zero. Masks (bool) are black and white.
+
+    Signed values run from blue to red, others from white to blue; one scale of colours for all, or one each without `shared`.
+    """
+    values = {title: np.asarray(matrix) for title, matrix in panels.items()}
+    if shared:
+        limits = dict.fromkeys(values, _limits(list(values.values())))
+    else:
+        limits = {title: _limits([matrix]) for title, matrix in values.items()}
+    masks = all(matrix.dtype == bool for matrix in values.values())
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        figure = Figure(3.3 * len(values) + 0.8, 3.4)
+        figure = Figure((3.3 if shared else 3.5) * len(values) + (0.8 if shared else 0), 3.4)
         for axes, (title, matrix) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items()):
-            image = axes.imshow(matrix, cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest")
+            least, most = limits[title]
+            colours = "Greys" if masks else "RdBu_r" if least < 0 else "Blues"
+            image = axes.imshow(matrix.astype(float), cmap=colours, vmin=least, vmax=most, interpolation="nearest")
             axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-        figure.colorbar(image, ax=figure.axes, shrink=0.8)
+            if not shared:
+                figure.colorbar(image, ax=axes, shrink=0.7)
+        if shared and not masks:
+            figure.colorbar(image, ax=figure.axes, shrink=0.8)
     return figure
+
+
+def _limits(values: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Ends of a scale of colours: symmetric about zero where a value is negative, else from zero."""
+    most = max(float(abs(matrix).max()) for matrix in values) or 1e-12
+    return (-most if any((matrix < 0).any() for matrix in values) else 0.0), most
 
 
 def quality_bars(scores: Mapping[str, float], metric: str = "HR@10", title: str = "") -> Figure:

@@ -57,7 +57,8 @@ def roofline_plot(operators: Sequence, device, dtype: str = "bf16", title: str =
         _bound_bars(right, [(f"{n}  {p.operator.name}", p) for n, p in enumerate(predictions, 1)])
         total = sum(p.seconds for p in predictions)
         right.set_title(f"{format_seconds(total)} in all (modelled)" if summed else "Time of each (modelled)")
-        handles = [matplotlib.patches.Patch(color=colour, label=bound) for bound, colour in BOUND_COLOURS.items()]
+        shown = {p.bound for p in predictions}
+        handles = [matplotlib.patches.Patch(color=colour, label=kind) for kind, colour in BOUND_COLOURS.items() if kind in shown]
         figure.legend(handles=handles, loc="outside lower right", ncols=4, frameon=False, fontsize=9, title="bound by")
     return figure
 
