@@ -29,7 +29,9 @@ def main() -> None:
         run([sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"uv=={pins['uv']}"])
     if "torch" in pins:
         install_torch(pins["torch"], environment)
-    run(uv("install", "--no-deps", "-r", str(arguments.lock)), environment)
+    # Where Python may not write bytecode, every process would compile torch and vLLM again.
+    compiled = ["--compile-bytecode"] if sys.dont_write_bytecode else []
+    run(uv("install", "--no-deps", *compiled, "-r", str(arguments.lock)), environment)
     if arguments.project:
         run(uv("install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)), environment)
 
