@@ -2,7 +2,7 @@
 
 A graph holds what the checkpoint holds except the tables of users and side features: summed rows come in, so that a row store
 of any size can feed it. Every file says in its metadata which checkpoint and config it came from, and is refused where the two
-do not fit. The formulas are `hstu_lab.model`'s own, traced; one operator, the time bucket, is translated by hand.
+do not fit. The formulas are those of `hstu_lab.onnx_parts`, traced.
 """
 
 from __future__ import annotations
@@ -208,29 +208,6 @@ def trace(name: str, part: nn.Module, config: ModelConfig, fixed: Mapping[str, i
     return program
 
 
-def _bucketize(seconds, boundaries, out_int32=False, right=False):
-    """aten::bucketize as a binary search: one look-up and one comparison for each bit of the bucket.
-
-    PyTorch's own translation is exact too, but of three times as many operators, and took twice the time in the stack.
-    """
-    from onnxscript import opset18 as op
-
-    if out_int32 or not right:
-        raise NotImplementedError("only int64 buckets that include their threshold")
-    (count,) = boundaries.shape
-    step = 1 << (count.bit_length() - 1)
-    never = op.Constant(value_ints=[torch.iinfo(torch.int64).max] * (2 * step - 1 - count))
-    edges = op.Concat(boundaries, never, axis=0)
-    flat = op.Reshape(seconds, op.Constant(value_ints=[-1]))
-    bucket = op.Expand(op.Constant(value_ints=[0]), op.Shape(flat))
-    while step:
-        edge = op.GatherElements(edges, op.Add(bucket, op.Constant(value_int=step - 1)))
-        reached = op.Cast(op.GreaterOrEqual(flat, edge), to=7)
-        bucket = op.Add(bucket, op.Mul(reached, op.Constant(value_int=step)))
-        step //= 2
-    return op.Reshape(bucket, op.Shape(seconds))
-
-
 def _index_select(table, dim, index):
     """aten::index_select of columns of a bias table (H, R): in ONNX Runtime, GatherElements takes a tenth of Gather's time."""
     from onnxscript import opset18 as op
@@ -258,11 +235,10 @@ def _slices(x, sizes, dim=0):
     return tuple(op.Slice(x, start, end, axis) for start, end in constants)
 
 
-TRANSLATIONS = {torch.ops.aten.bucketize.Tensor: _bucketize, torch.ops.aten.index_select.default: _index_select}
+TRANSLATIONS = {torch.ops.aten.index_select.default: _index_select}
 """Operators of PyTorch that this module, not PyTorch, writes as ONNX."""
 
 PLAIN_TRANSLATIONS = {
-    torch.ops.aten.bucketize.Tensor: _bucketize,
     torch.ops.aten.index_select.default: _gather_columns,
     torch.ops.aten.split_with_sizes.default: _slices,
 }
