@@ -25,8 +25,6 @@ from hstu_lab.model import HSTU, HSTUStack
 from hstu_lab.onnx_precision import MASKED
 from hstu_lab.ops import reference
 
-_NEVER = torch.iinfo(torch.int64).max
-
 
 class StackPart(nn.Module):
     """Right-padded histories -> next-item logits and hidden state of each one's last event."""
@@ -88,18 +86,19 @@ class TimeBuckets(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         edges = (0, *reference.time_thresholds(config.num_time_buckets))
-        self.digits = 1
+        self.dtype = torch.int32 if edges[-1] < 2**31 - 1 else torch.int64
+        self.never, self.digits = torch.iinfo(self.dtype).max, 1
         while 8**self.digits < len(edges):
             self.digits += 1
         for digit in range(self.digits):
             step = 8 ** (self.digits - 1 - digit)
             starts = [(8 * prefix + i) * step for prefix in range(8**digit) for i in range(1, 8)]
-            rows = torch.tensor([edges[start] if start < len(edges) else _NEVER for start in starts])
-            self.register_buffer(f"edges_{digit}", rows.view(-1, 7), persistent=False)
+            rows = torch.tensor([edges[start] if start < len(edges) else self.never for start in starts])
+            self.register_buffer(f"edges_{digit}", rows.view(-1, 7).to(self.dtype), persistent=False)
 
     def forward(self, q_time: Tensor, k_time: Tensor) -> Tensor:
         """Buckets (..., Q, K) of times (..., Q) and (..., K), seconds as integers."""
-        seconds = (q_time.unsqueeze(-1) - k_time.unsqueeze(-2)).abs()
+        seconds = (q_time.unsqueeze(-1) - k_time.unsqueeze(-2)).abs().clamp(max=self.never - 1).to(self.dtype)
         bucket = self._digit(seconds, self.edges_0[0])
         for digit in range(1, self.digits):
             bucket = bucket * 8 + self._digit(seconds, F.embedding(bucket, getattr(self, f"edges_{digit}")))
@@ -108,7 +107,7 @@ class TimeBuckets(nn.Module):
     @staticmethod
     def _digit(seconds: Tensor, edges: Tensor) -> Tensor:
         # TensorRT 8.6 sums no integers. A count of seven is exact in every float.
-        return (seconds.unsqueeze(-1) >= edges).float().sum(-1).long()
+        return (seconds.unsqueeze(-1) >= edges).float().sum(-1).int()
 
 
 class _History:
