@@ -1,8 +1,8 @@
 """fp16 and int8: the same ONNX graph with its matrix products and look-up tables in fewer bits, everything else in float32.
 
 Precision is written into the graph (Cast, QuantizeLinear, DequantizeLinear), so that every engine computes the same thing:
-strongly typed TensorRT has no other way, and ONNX Runtime needs none. Norms, SiLU and the residual stream are computed in float32:
-an engine fuses them with the casts around them and reads and writes halves, as long as nothing stands between product and cast.
+strongly typed TensorRT has no other way, and ONNX Runtime needs none. Norms, SiLU and the residual stream are in float32: an
+engine fuses them with the casts around them and reads and writes halves, as long as nothing stands between product and cast.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ def best_range(magnitudes: np.ndarray) -> Range:
     if largest == 0:
         return Range(1.0 / LEVELS, 0.0)
     stride = max(len(magnitudes) // _SAMPLED, 1)
-    sample = np.append(magnitudes[::stride], largest).astype(np.float64)
+    sample = magnitudes[::stride].astype(np.float64)
     ends = largest * np.linspace(0.1, 1.0, 61)
     errors = [np.square(np.maximum(sample - end, 0)).sum() + (sample <= end).sum() * (end / LEVELS) ** 2 / 12 for end in ends]
     best = int(np.argmin(errors))

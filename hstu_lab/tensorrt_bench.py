@@ -420,8 +420,10 @@ def main() -> None:
         else:
             work = [each for each in peers.WORK if re.search(options.only, each[0])]
             {"compile": peers.compile_only, "torch": peers.torch_side}[options.step](options.folder, options.modes, work)
+    elif options.step == "expected":
+        expected(options.folder, cases)
     else:
-        {"expected": expected, "record": record}[options.step](options.folder)
+        record(options.folder)
 
 
 if __name__ == "__main__":

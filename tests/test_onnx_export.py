@@ -94,7 +94,9 @@ def test_every_output_equals_pytorch(exported, rab):
         assert {row.output.split()[0] for row in rows} == set(INPUTS)
         for row in rows:
             assert row.within(1e-5), (lengths, row)
-            assert row.masked == (3 if rab == "position+time" or rab == "position" else 1) * len(lengths) * ("logits" in row.output)
+            assert row.masked == (3 if rab == "position+time" or rab == "position" else 1) * len(lengths) * (
+                "logits" in row.output
+            )
 
 
 def test_parity_notices_a_changed_weight_and_a_changed_mask(timed):

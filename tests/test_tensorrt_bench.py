@@ -12,6 +12,7 @@ from hstu_lab import tensorrt_bench as bench
 from hstu_lab.bench_weights import fill, make_weight, strip
 from hstu_lab.config import preset
 from hstu_lab.measure import read_record
+from hstu_lab.onnx_precision import MASKED
 from hstu_lab.tensorrt_build import Request, build
 from hstu_lab.tensorrt_legacy import spelled_out, with_float_weights
 
@@ -136,11 +137,18 @@ def test_weights_depend_on_their_names_only():
     assert make_weight("x.norm.weight", (99,)).min() > 0.7
 
 
-def test_an_error_is_relative_and_infinities_must_agree():
-    truth = np.array([1.0, -4.0, -np.inf])
-    assert bench.error(np.array([1.2, -4.0, -np.inf]), truth) == pytest.approx(0.05)
-    assert bench.error(np.array([1.0, -4.0, 0.0]), truth) == np.inf
-    assert bench.error(np.array([1.0, np.nan, -np.inf]), truth) == np.inf
+def test_an_error_is_relative_and_of_what_is_not_masked():
+    truth = np.array([1.0, -4.0, MASKED])
+    for ours, error, alike in (
+        ([1.2, -4.0, MASKED], 0.05, "1 of 1"),
+        ([1.2, -4.0, -np.inf], 0.05, "1 of 1"),
+        ([1.0, -4.0, 0.0], 0, "0 of 1"),
+        ([1.0, -4.0, np.nan], 0, "0 of 1"),
+        ([1.0, np.nan, MASKED], np.inf, "1 of 1"),
+        ([1.0, MASKED, MASKED], -MASKED / 4 - 1, "1 of 1"),
+    ):
+        assert bench.error(np.array(ours), truth) == pytest.approx(error)
+        assert bench.masked(np.array(ours), truth) == alike
 
 
 def test_a_failing_case_is_a_result_and_the_next_one_runs(tmp_path):
