@@ -257,13 +257,14 @@ def best_range(magnitudes: np.ndarray) -> Range:
     """The symmetric int8 step with the least mean squared error for values of these magnitudes (n,).
 
     The error of a step s is s²/12 inside the range and the overshoot beyond 127 s; the largest magnitude, and each of 60
-    shorter ranges down to a tenth of it, are tried.
+    shorter ranges down to a tenth of it, are tried. A sample is looked at and the largest always, so that it weighs more than
+    its share, and the range errs on the wide side.
     """
     largest = float(magnitudes.max(initial=0.0))
     if largest == 0:
         return Range(1.0 / LEVELS, 0.0)
     stride = max(len(magnitudes) // _SAMPLED, 1)
-    sample = magnitudes[::stride].astype(np.float64)
+    sample = np.append(magnitudes[::stride], largest).astype(np.float64)
     ends = largest * np.linspace(0.1, 1.0, 61)
     errors = [np.square(np.maximum(sample - end, 0)).sum() + (sample <= end).sum() * (end / LEVELS) ** 2 / 12 for end in ends]
     best = int(np.argmin(errors))
