@@ -29,7 +29,7 @@ from hstu_lab.measure import data_root
 from hstu_lab.model import HSTU, load_checkpoint, load_config
 from hstu_lab.onnx_models import INPUTS, OUTPUTS, SCHEMA_VERSION, OnnxError, OnnxModels, load_session
 from hstu_lab.onnx_parts import RankerPart, StackPart
-from hstu_lab.onnx_precision import PRECISIONS
+from hstu_lab.onnx_precision import MASKED, PRECISIONS
 from hstu_lab.ops import reference
 from hstu_lab.tokens import encode_history, unpack
 
@@ -91,11 +91,18 @@ def export(
 
     histories: token lists that int8 is calibrated with. sizes: {"length": 512, "candidates": 100} fixes dimensions that are
     free otherwise and avoids the operators that TensorRT 8.6 cannot parse; batch stays free.
-    Raises OnnxError where onnx or onnxscript is missing, and for int8 without histories.
+    Raises OnnxError where onnx or onnxscript is missing, the folder cannot be written, and for int8 without histories.
     """
     folder = pathlib.Path(folder)
     _check_precision(precision, histories)
-    folder.mkdir(parents=True, exist_ok=True)
+    if 1 / model.config.temperature > -MASKED / 2:
+        raise OnnxError(
+            f"temperature is {model.config.temperature}: logits could reach {MASKED:.0f}, which marks no item; raise it"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OnnxError(f"{folder}: cannot be written to ({error.strerror}); give a new folder or another one") from error
     metadata = {
         "schema_version": str(SCHEMA_VERSION),
         "config": model.config.to_json(),

@@ -279,6 +279,16 @@ def test_another_checkpoint_and_another_config_are_refused(exported, tmp_path):
         OnnxModels(tmp_path, threads=1)
 
 
+def test_a_file_in_the_folders_place_and_a_temperature_near_zero_are_refused(tmp_path):
+    model = random_model("none", num_layers=1)
+    (tmp_path / "file").touch()
+    with pytest.raises(OnnxError, match=r"file: cannot be written to \(File exists\); give a new folder"):
+        export(model, tmp_path / "file", progress=False)
+    model.config = model.config.replace(temperature=1e-5)
+    with pytest.raises(OnnxError, match="temperature is 1e-05: logits could reach -32768"):
+        export(model, tmp_path, progress=False)
+
+
 def test_a_part_whose_length_the_exporter_fixed_is_refused():
     class Averaging(torch.nn.Linear):
         def forward(self, rows, action, gap_bucket):

@@ -75,10 +75,12 @@ def test_an_engine_is_for_one_batch_size_and_leaves_nothing_free(folder, monkeyp
     header, _ = build(bench._request(folder, case, 8), progress=False)
     assert header.profiles == ()
     assert [spec.dims[0] for spec in (*header.inputs, *header.outputs)] == [8] * 5
-    session = onnxruntime.InferenceSession(str(bench._request(folder, case, 8).onnx), providers=["CPUExecutionProvider"])
-    whole = onnxruntime.InferenceSession(str(folder / case.file), providers=["CPUExecutionProvider"])
-    feed = bench.make_inputs(case, 8, CONFIG, False)
-    np.testing.assert_array_equal(session.run(["hidden"], feed)[0], whole.run(["hidden"], feed)[0])
+    loose = CASES[3]
+    for same, most in ((loose, 0), (case, 2e-3)):  # ONNX Runtime rounds to halves in other places where sizes are fixed
+        session = onnxruntime.InferenceSession(str(bench._request(folder, same, 8).onnx), providers=["CPUExecutionProvider"])
+        whole = onnxruntime.InferenceSession(str(folder / same.file), providers=["CPUExecutionProvider"])
+        feed = bench.make_inputs(same, 8, CONFIG, False)
+        np.testing.assert_allclose(session.run(["hidden"], feed)[0], whole.run(["hidden"], feed)[0], rtol=0, atol=most)
 
 
 def test_loose_graphs_leave_the_choice_of_fp16_to_the_engine(folder):
