@@ -284,6 +284,10 @@ def _export(options: argparse.Namespace) -> int:
 
     checkpoint = pathlib.Path(options.checkpoint or SHIPPED_CHECKPOINT)
     precision = options.precision
+    if options.to == "tensorrt":
+        from hstu_lab.tensorrt_build import choose_target
+
+        choose_target(target=options.target)  # before the export, which takes longer than to say no
     histories = onnx_export.sample_histories(checkpoint, options.events) if precision == "int8" else None
     shown = not options.json
     if options.out and options.to == "onnx":

@@ -2,7 +2,7 @@
 
 A graph holds what the checkpoint holds except the tables of users and side features: summed rows come in, so that a row store
 of any size can feed it. Every file says in its metadata which checkpoint and config it came from, and is refused where the two
-do not fit. The formulas are `hstu_lab.model`'s own, traced; one operator, the time bucket, is translated by hand.
+do not fit. The formulas are those of `hstu_lab.onnx_parts`, traced.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hstu_lab.measure import data_root
 from hstu_lab.model import HSTU, load_checkpoint, load_config
 from hstu_lab.onnx_models import INPUTS, OUTPUTS, SCHEMA_VERSION, OnnxError, OnnxModels, load_session
 from hstu_lab.onnx_parts import RankerPart, StackPart
-from hstu_lab.onnx_precision import PRECISIONS
+from hstu_lab.onnx_precision import MASKED, PRECISIONS
 from hstu_lab.ops import reference
 from hstu_lab.tokens import encode_history, unpack
 
@@ -91,11 +91,18 @@ def export(
 
     histories: token lists that int8 is calibrated with. sizes: {"length": 512, "candidates": 100} fixes dimensions that are
     free otherwise and avoids the operators that TensorRT 8.6 cannot parse; batch stays free.
-    Raises OnnxError where onnx or onnxscript is missing, and for int8 without histories.
+    Raises OnnxError where onnx or onnxscript is missing, the folder cannot be written, and for int8 without histories.
     """
     folder = pathlib.Path(folder)
     _check_precision(precision, histories)
-    folder.mkdir(parents=True, exist_ok=True)
+    if 1 / model.config.temperature > -MASKED / 2:
+        raise OnnxError(
+            f"temperature is {model.config.temperature}: logits could reach {MASKED:.0f}, which marks no item; raise it"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OnnxError(f"{folder}: cannot be written to ({error.strerror}); give a new folder or another one") from error
     metadata = {
         "schema_version": str(SCHEMA_VERSION),
         "config": model.config.to_json(),
@@ -208,29 +215,6 @@ def trace(name: str, part: nn.Module, config: ModelConfig, fixed: Mapping[str, i
     return program
 
 
-def _bucketize(seconds, boundaries, out_int32=False, right=False):
-    """aten::bucketize as a binary search: one look-up and one comparison for each bit of the bucket.
-
-    PyTorch's own translation is exact too, but of three times as many operators, and took twice the time in the stack.
-    """
-    from onnxscript import opset18 as op
-
-    if out_int32 or not right:
-        raise NotImplementedError("only int64 buckets that include their threshold")
-    (count,) = boundaries.shape
-    step = 1 << (count.bit_length() - 1)
-    never = op.Constant(value_ints=[torch.iinfo(torch.int64).max] * (2 * step - 1 - count))
-    edges = op.Concat(boundaries, never, axis=0)
-    flat = op.Reshape(seconds, op.Constant(value_ints=[-1]))
-    bucket = op.Expand(op.Constant(value_ints=[0]), op.Shape(flat))
-    while step:
-        edge = op.GatherElements(edges, op.Add(bucket, op.Constant(value_int=step - 1)))
-        reached = op.Cast(op.GreaterOrEqual(flat, edge), to=7)
-        bucket = op.Add(bucket, op.Mul(reached, op.Constant(value_int=step)))
-        step //= 2
-    return op.Reshape(bucket, op.Shape(seconds))
-
-
 def _index_select(table, dim, index):
     """aten::index_select of columns of a bias table (H, R): in ONNX Runtime, GatherElements takes a tenth of Gather's time."""
     from onnxscript import opset18 as op
@@ -258,11 +242,10 @@ def _slices(x, sizes, dim=0):
     return tuple(op.Slice(x, start, end, axis) for start, end in constants)
 
 
-TRANSLATIONS = {torch.ops.aten.bucketize.Tensor: _bucketize, torch.ops.aten.index_select.default: _index_select}
+TRANSLATIONS = {torch.ops.aten.index_select.default: _index_select}
 """Operators of PyTorch that this module, not PyTorch, writes as ONNX."""
 
 PLAIN_TRANSLATIONS = {
-    torch.ops.aten.bucketize.Tensor: _bucketize,
     torch.ops.aten.index_select.default: _gather_columns,
     torch.ops.aten.split_with_sizes.default: _slices,
 }

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from hstu_lab.config import ConfigError, ModelConfig
-from hstu_lab.onnx_precision import PRECISIONS
+from hstu_lab.onnx_precision import MASKED, PRECISIONS
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of the files' inputs, outputs and metadata."""
 
 _VECTORS, _INTEGERS = ("float32", ("batch", "length", "d_model")), ("int64", ("batch", "length"))
@@ -30,6 +30,13 @@ INPUTS = {
 OUTPUTS = {"encoder": ("x",), "stack": ("logits", "hidden"), "ranker": ("probabilities",)}
 
 Array = np.ndarray | Tensor
+
+
+def with_infinities(outputs: dict[str, Array]) -> dict[str, Array]:
+    """A part's outputs with minus infinity, which PyTorch gives, where the file says `MASKED`; written in place."""
+    if "logits" in outputs:
+        outputs["logits"][outputs["logits"] < MASKED / 2] = -np.inf
+    return outputs
 
 
 class OnnxError(ValueError):
@@ -50,7 +57,10 @@ class PartModels:
         return self.run("encoder", rows=rows, action=action, gap_bucket=gap_bucket)["x"]
 
     def stack(self, x: Array, times: Array, lengths: Array) -> Array:
-        """x (B, N, d_model), times (B, N) seconds and lengths (B,) int64 -> next-item logits (B, num_items)."""
+        """x (B, N, d_model), times (B, N) seconds and lengths (B,) int64 -> next-item logits (B, num_items).
+
+        Ids that name no item have minus infinity, as in PyTorch.
+        """
         return self.run("stack", x=x, times=times, lengths=lengths)["logits"]
 
     def rank(self, x_history: Array, x_candidates: Array, times: Array, lengths: Array) -> Array:
@@ -63,7 +73,7 @@ class PartModels:
 
     def run(self, part: str, **inputs: Array) -> dict[str, Array]:
         """Every output of one part by name. Raises OnnxError naming the input that does not fit."""
-        outputs = self._run(part, self._checked(part, inputs))
+        outputs = with_infinities(self._run(part, self._checked(part, inputs)))
         if isinstance(next(iter(inputs.values())), Tensor):
             return {name: torch.from_numpy(array) for name, array in outputs.items()}
         return outputs

@@ -1,14 +1,13 @@
 """fp16 and int8: the same ONNX graph with its matrix products and look-up tables in fewer bits, everything else in float32.
 
 Precision is written into the graph (Cast, QuantizeLinear, DequantizeLinear), so that every engine computes the same thing:
-strongly typed TensorRT has no other way, and ONNX Runtime needs none. Norms, SiLU and the residual stream stay in float32:
-an engine fuses them with the casts around them and reads and writes halves.
+strongly typed TensorRT has no other way, and ONNX Runtime needs none. Norms, SiLU and the residual stream are in float32: an
+engine fuses them with the casts around them and reads and writes halves, as long as nothing stands between product and cast.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -19,6 +18,8 @@ from hstu_lab.config import PRECISIONS as PRECISIONS
 
 LEVELS = 127
 """Largest int8 value; -128 is not used, so that the scale is symmetric."""
+MASKED = -(2.0**15)
+"""Logit, inside the files, of an id that names no item: finite in every precision, far below any cosine / temperature."""
 MOST_NOISE = 0.02
 """Products whose input int8 would blur by more than this stay fp16: gated sums have few values far out that stretch the step."""
 
@@ -54,15 +55,25 @@ class _Editor:
         return self._halves[name]
 
     def in_half(self, node: onnx.NodeProto, operands: Iterable[int]) -> None:
-        """The node on float16 operands, its result cast back to float32 under the old name."""
-        (output,) = node.output
+        """The node on float16 operands; its result is there as float16 and, cast back, as float32 under the old name."""
         for i in operands:
             node.input[i] = self.half(node.input[i])
-        node.output[0] = f"{output}_fp16"
         self.nodes.append(node)
-        self.add("Cast", [node.output[0]], output, to=TensorProto.FLOAT)
+        for i, output in enumerate(node.output):
+            node.output[i] = self._halves[output] = f"{output}_fp16"
+            self.add("Cast", [node.output[i]], output, to=TensorProto.FLOAT)
+
+    def is_half(self, name: str) -> bool:
+        """Whether that tensor exists as float16 already."""
+        return name in self._halves
 
     def finish(self) -> onnx.ModelProto:
+        wanted, kept = {value.name for value in self.graph.output}, []
+        for node in reversed(self.nodes):
+            if wanted.intersection(node.output):
+                kept.append(node)
+                wanted.update(node.input)
+        self.nodes = kept[::-1]
         del self.graph.node[:]
         self.graph.node.extend(self.nodes)
         used = {name for node in self.nodes for name in node.input}
@@ -75,56 +86,60 @@ def convert(model: onnx.ModelProto, scales: Mapping[str, float] | None = None, h
     """A copy in fp16, or, given steps of products' inputs (`calibrate`, `quiet_steps`), in int8 with explicit Q/DQ.
 
     int8: products with a weight take int8 on both sides (input: one symmetric scale, weight: one a column); products of two
-    activations (Q K', A V) and the look-up tables are fp16. fp16: all of them are. Without `halves` the rest stays float32, ready
-    for an engine that may choose fp16 by itself (TensorRT 8.6).
+    activations (Q K', A V) and the look-up tables are fp16. fp16: all of them are, with the bias of a linear layer, and so is
+    what is split, turned and reshaped between two products. Without `halves` the rest stays float32, ready for an engine that
+    may choose fp16 by itself (TensorRT 8.6).
     """
     edit = _Editor(model)
-    _make_headroom(edit)
+    scales = scales or {}
+    into_half = _read_as_half(edit, scales) if halves else set()
+    low: set[str] = set()  # what products and look-ups give: what is added to it is added before the cast
     for node in list(edit.graph.node):
-        if node.op_type == "MatMul" and scales is not None and node.input[0] in scales and _is_weight(edit, node.input[1]):
+        kind = node.op_type
+        if kind == "MatMul" and _is_quantised(edit, node, scales):
             _quantise(edit, node, scales[node.input[0]])
-        elif node.op_type == "MatMul" and halves:
+        elif not halves:
+            edit.nodes.append(node)
+        elif kind == "MatMul":
+            low.update(node.output)
             edit.in_half(node, (0, 1))
-        elif (
-            halves
-            and node.op_type in ("Gather", "GatherElements")
-            and edit.weights.get(node.input[0], np.empty(0)).dtype == np.float32
-        ):
+        elif kind == "Add" and low.intersection(node.input) and all(name in low or name in edit.weights for name in node.input):
+            edit.in_half(node, (0, 1))
+        elif kind in ("Gather", "GatherElements") and edit.weights.get(node.input[0], np.empty(0)).dtype == np.float32:
+            low.update(node.output)
             edit.in_half(node, (0,))
+        elif kind in _MOVES and (into_half.intersection(node.output) or all(map(edit.is_half, _moved(node)))):
+            edit.in_half(node, range(len(_moved(node))))
         else:
             edit.nodes.append(node)
     return edit.finish()
 
 
-def _is_weight(edit: _Editor, name: str) -> bool:
-    return name in edit.weights and edit.weights[name].ndim == 2
+_MOVES = ("Concat", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+"""Operators that move values and change none."""
 
 
-def _make_headroom(edit: _Editor) -> None:
-    """Divide by about sqrt(N) before A V and by the rest after it: a sum over N events may exceed float16's 65504.
+def _moved(node: onnx.NodeProto) -> Sequence[str]:
+    """The inputs that are moved; the others say where to."""
+    return node.input if node.op_type == "Concat" else node.input[:1]
 
-    The first factor is a power of two, which costs a float no digit.
-    """
-    readers: dict[str, list[onnx.NodeProto]] = {}
+
+def _read_as_half(edit: _Editor, scales: Mapping[str, float]) -> set[str]:
+    """Tensors that are only moved on their way from where they are made to a product in float16, and all their siblings."""
+    wanted: set[str] = set()
+    for node in reversed(edit.graph.node):
+        if node.op_type == "MatMul" and not _is_quantised(edit, node, scales):
+            wanted.update(node.input)
+        elif node.op_type in _MOVES and wanted.intersection(node.output):
+            wanted.update(_moved(node))
     for node in edit.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    nodes = []
-    for node in edit.graph.node:
-        following = readers.get(node.output[0], [])
-        if node.op_type == "MatMul" and len(following) == 1 and following[0].op_type == "Div":
-            divisor = edit.weights.get(following[0].input[1])
-            if divisor is not None and divisor.size == 1 and divisor.item() > 1:
-                first = 2.0 ** round(math.log2(divisor.item()) / 2)
-                factor = edit.constant(f"{node.output[0]}_headroom", np.float32(1 / first))
-                rest = edit.constant(f"{node.output[0]}_divisor", np.float32(divisor.item() / first))
-                nodes.append(helper.make_node("Mul", [node.input[0], factor], [f"{node.input[0]}_{node.output[0]}"]))
-                node.input[0] = nodes[-1].output[0]
-                following[0].input[1] = rest
-        nodes.append(node)
-    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del edit.graph.node[:]
-    edit.graph.node.extend(nodes)
+        if node.op_type in _MOVES and wanted.intersection(_moved(node)):
+            wanted.update(node.output)
+    return wanted
+
+
+def _is_quantised(edit: _Editor, node: onnx.NodeProto, scales: Mapping[str, float]) -> bool:
+    return node.input[0] in scales and node.input[1] in edit.weights and edit.weights[node.input[1]].ndim == 2
 
 
 def _quantise(edit: _Editor, node: onnx.NodeProto, scale: float) -> None:
@@ -169,7 +184,24 @@ def fold_indices(model: onnx.ModelProto) -> onnx.ModelProto:
             value = np.asarray(value)
             renamed[name] = same.setdefault((value.dtype.str, value.shape, value.tobytes()), name)
             edit.constant(renamed[name], value)
+    _look_up_directly(edit)
     return edit.finish()
+
+
+def _look_up_directly(edit: _Editor) -> None:
+    """Columns of a table by a whole tensor of indices, where those were flattened first and the answer shaped afterwards."""
+    made, readers = {name: node for node in edit.nodes for name in node.output}, {}
+    for node in edit.nodes:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    gone = set()
+    for node in edit.nodes:
+        if node.op_type == "Gather" and (flat := made.get(node.input[1])) is not None and flat.op_type == "Reshape":
+            after = readers.get(node.output[0], [])
+            if edit.weights[flat.input[1]].tolist() == [-1] and len(after) == 1 and after[0].op_type == "Reshape":
+                gone.add(after[0].output[0])
+                node.input[1], node.output[0] = flat.input[0], after[0].output[0]
+    edit.nodes = [node for node in edit.nodes if node.op_type != "Reshape" or node.output[0] not in gone]
 
 
 # ---- calibration
@@ -226,7 +258,8 @@ def best_range(magnitudes: np.ndarray) -> Range:
     """The symmetric int8 step with the least mean squared error for values of these magnitudes (n,).
 
     The error of a step s is s²/12 inside the range and the overshoot beyond 127 s; the largest magnitude, and each of 60
-    shorter ranges down to a tenth of it, are tried.
+    shorter ranges down to a tenth of it, are tried. A sample is looked at and the largest always, so that it weighs more than
+    its share, and the range errs on the wide side.
     """
     largest = float(magnitudes.max(initial=0.0))
     if largest == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import pathlib
 
 import torch
@@ -22,21 +23,33 @@ TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3, "int8": 5e-2}
 class Parity:
     """How far one output is from PyTorch's: largest absolute error, and that over the largest absolute value of the output.
 
-    The three tasks' probabilities are one output.
+    Errors are taken where both sides are finite; the three tasks' probabilities are one output. Of the `masked` values that
+    PyTorch has infinite (ids that name no item), `agreed` are the same here; `stray` are infinite or NaN here only.
     """
 
     output: str
     max_abs: float
     max_rel: float
     shape: tuple[int, ...]
+    masked: int = 0
+    agreed: int = 0
+    stray: int = 0
+
+    def within(self, tolerance: float) -> bool:
+        """Whether the relative error is below `tolerance`, every masked value is masked, and no other is infinite or NaN."""
+        return self.max_rel < tolerance and self.agreed == self.masked and self.stray == 0
+
+    def __str__(self) -> str:
+        text = f"{self.output:20} {self.shape!s:12} max abs error {self.max_abs:.1e}  relative {self.max_rel:.1e}"
+        text += f"  {self.agreed} of {self.masked} masked agree" if self.masked else ""
+        return text + (f"  {self.stray} infinite or NaN here only" if self.stray else "")
 
 
 @torch.no_grad()
 def parity(model: HSTU, models: PartModels, tokens: Tensor, offsets: Tensor, candidates: Tensor) -> list[Parity]:
     """Errors of all outputs against the jagged pass of `model`, each part fed by the one before, as in serving.
 
-    tokens (T,), offsets (B + 1,): histories; candidates (B, C): item ids. A value that is infinite on one side only, or NaN,
-    makes the errors infinite.
+    tokens (T,), offsets (B + 1,): histories; candidates (B, C): item ids.
     """
     batch, count = candidates.shape
     inputs = history_inputs(model, tokens, offsets)
@@ -63,10 +76,13 @@ def parity(model: HSTU, models: PartModels, tokens: Tensor, offsets: Tensor, can
 
 
 def _compare(name: str, ours: Tensor, truth: Tensor, output: Tensor) -> Parity:
-    same = ours == truth  # equal infinities too
-    error = torch.where(same, 0.0, (ours.double() - truth.double()).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    """`output` is what the errors are relative to. Infinite errors mean that no value could be compared."""
+    finite = truth.isfinite()
+    both = finite & ours.isfinite()
+    error = (ours[both].double() - truth[both].double()).abs().amax().item() if both.any() else math.inf
     scale = output[output.isfinite()].abs().max().item()
-    return Parity(name, error.max().item(), error.max().item() / scale, tuple(ours.shape))
+    counts = {"masked": ~finite, "agreed": ~finite & (ours == truth), "stray": finite & ~both}
+    return Parity(name, error, error / scale, tuple(ours.shape), **{what: int(at.sum()) for what, at in counts.items()})
 
 
 @torch.no_grad()

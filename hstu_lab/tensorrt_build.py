@@ -81,12 +81,7 @@ class Request:
             raise EngineError(f"precision {precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
         if inside and precision not in (None, inside):
             raise EngineError(f"{onnx}: was exported as {inside}, not {precision}; export it again in that precision")
-        found, here = find_library(library, target), gpu_target()
-        target = target or here or "sm_80"
-        if target != here and not found.builds_without_gpu:
-            raise NoGpu(f"{found.label} builds for the GPU it runs on ({here or 'none is visible'}), not for {target}")
-        if found.targets and target not in found.targets:
-            raise EngineError(f"target {target!r}: {found.label} builds for {', '.join(found.targets)}")
+        found, target = choose_target(library, target)
         if refit and not found.can_refit:
             raise EngineError(f"refit: {found.label} cannot refit from ONNX; build again when the weights change")
         return cls(onnx, profiles, precision or inside or "fp32", target, workspace, tf32, refit, found, effort)
@@ -109,6 +104,17 @@ class Request:
             "flags": [self.tf32, self.refit, self.effort],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def choose_target(library: str | None = None, target: str | None = None) -> tuple[Library, str]:
+    """The library and the GPU that a build would be for. Raises NoGpu or EngineError where they do not go together."""
+    found, here = find_library(library, target), gpu_target()
+    target = target or here or "sm_80"
+    if target != here and not found.builds_without_gpu:
+        raise NoGpu(f"{found.label} builds for the GPU it runs on ({here or 'none is visible'}), not for {target}")
+    if found.targets and target not in found.targets:
+        raise EngineError(f"target {target!r}: {found.label} builds for {', '.join(found.targets)}")
+    return found, target
 
 
 def file_hash(path: str | pathlib.Path) -> str:

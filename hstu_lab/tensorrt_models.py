@@ -10,7 +10,7 @@ import torch
 
 from hstu_lab.config import ModelConfig
 from hstu_lab.measure import data_root
-from hstu_lab.onnx_models import INPUTS, Array, PartModels, check_metadata, check_set, load_metadata_config
+from hstu_lab.onnx_models import INPUTS, Array, PartModels, check_metadata, check_set, load_metadata_config, with_infinities
 from hstu_lab.tensorrt_build import WORKSPACE, EngineCache, Progress, Request, onnx_metadata
 from hstu_lab.tensorrt_engine import Engine, EngineError
 from hstu_lab.tensorrt_plan import Profile, read_header
@@ -95,7 +95,8 @@ class TensorRtModels(PartModels):
             return super().run(part, **inputs)
         engine = self._engines[part]
         wanted = {spec.name: getattr(torch, spec.dtype) for spec in engine.header.inputs if "int" in spec.dtype}
-        return engine.infer({k: v.to(wanted[k]) if k in wanted else v.contiguous() for k, v in inputs.items()})
+        given = {k: v.to(wanted[k]) if k in wanted else v.contiguous() for k, v in inputs.items()}
+        return with_infinities(engine.infer(given))
 
     def _run(self, part: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         engine = self._engines[part]

@@ -21,15 +21,10 @@ class Peers:
     """gr-3b's parts in fp16 on the GPU (norms and pointwise operators in float32 where autocast says so), and inputs."""
 
     def __init__(self, folder: pathlib.Path):
-        from hstu_lab.ops import reference
-
         self.folder = folder
         config, self.parts, model = bench.make_parts()
         model.cuda().half()
         self.parts["stack"].cuda().half()
-        edges = torch.tensor(reference.time_thresholds(config.num_time_buckets)).cuda()
-        # Made inside, as the model does, they would be copied from the host, which a graph cannot hold.
-        reference.time_bucket = lambda seconds, _: torch.bucketize(seconds, edges, right=True)
         self.config = config
 
     def feed(self, part: str, batch: int, full: bool = True) -> dict[str, torch.Tensor]:

@@ -93,7 +93,10 @@ def test_every_output_equals_pytorch(exported, rab):
         rows = parity(model, models, tokens, offsets, candidates_for(len(lengths), count))
         assert {row.output.split()[0] for row in rows} == set(INPUTS)
         for row in rows:
-            assert row.max_rel < 1e-5, (lengths, row)
+            assert row.within(1e-5), (lengths, row)
+            assert row.masked == (3 if rab == "position+time" or rab == "position" else 1) * len(lengths) * (
+                "logits" in row.output
+            )
 
 
 def test_parity_notices_a_changed_weight_and_a_changed_mask(timed):
@@ -106,10 +109,18 @@ def test_parity_notices_a_changed_weight_and_a_changed_mask(timed):
     assert changed >= {"stack hidden", "stack logits", "ranker engagement"}
     assert "encoder x" not in changed
     model.known_items[3] = False
-    errors = {row.output: row.max_abs for row in parity(model, models, *batch)}
+    rows = {row.output: row for row in parity(model, models, *batch)}
     model.known_items[3] = True
-    assert errors["stack logits"] == float("inf")
-    assert errors["stack hidden"] < 1e-4
+    assert (rows["stack logits"].masked, rows["stack logits"].agreed, rows["stack logits"].stray) == (8, 6, 0)
+    assert not rows["stack logits"].within(1e-5)
+    assert rows["stack logits"].max_rel < 1e-5, "the others agree"
+    assert "6 of 8 masked agree" in str(rows["stack logits"])
+    assert rows["stack hidden"].within(1e-5)
+    model.known_items[500] = True
+    row = next(row for row in parity(model, models, *batch) if row.output == "stack logits")
+    model.known_items[500] = False
+    assert (row.masked, row.agreed, row.stray, row.within(1e-5)) == (4, 4, 2, False)
+    assert "2 infinite or NaN here only" in str(row)
 
 
 def test_the_ten_best_items_are_pytorchs(timed):
@@ -240,7 +251,7 @@ def cut(path, keep):
         (lambda p: p.write_bytes(b"\x80\x04garbage" * 50), "not a readable ONNX model"),
         (lambda p: cut(p, p.stat().st_size // 2), "not a readable ONNX model"),
         (lambda p: cut(p, -1), "not a readable ONNX model"),
-        (lambda p: rewrite(p, schema_version="99"), "schema_version is 99, not 2"),
+        (lambda p: rewrite(p, schema_version="99"), "schema_version is 99, not 3"),
         (lambda p: rewrite(p, checkpoint=None), "no 'checkpoint'"),
         (lambda p: rewrite(p, checkpoint="0" * 64), "its checkpoint is not that of encoder.onnx"),
         (lambda p: rewrite(p, config="{}"), "its config is not that of encoder.onnx"),
@@ -266,6 +277,16 @@ def test_another_checkpoint_and_another_config_are_refused(exported, tmp_path):
         rewrite(tmp_path / f"{part}.onnx", config='{"schema_version": 99}')
     with pytest.raises(OnnxError, match=r"encoder.onnx: schema_version is 99"):
         OnnxModels(tmp_path, threads=1)
+
+
+def test_a_file_in_the_folders_place_and_a_temperature_near_zero_are_refused(tmp_path):
+    model = random_model("none", num_layers=1)
+    (tmp_path / "file").touch()
+    with pytest.raises(OnnxError, match=r"file: cannot be written to \(File exists\); give a new folder"):
+        export(model, tmp_path / "file", progress=False)
+    model.config = model.config.replace(temperature=1e-5)
+    with pytest.raises(OnnxError, match="temperature is 1e-05: logits could reach -32768"):
+        export(model, tmp_path, progress=False)
 
 
 def test_a_part_whose_length_the_exporter_fixed_is_refused():

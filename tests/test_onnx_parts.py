@@ -5,7 +5,9 @@ import torch
 
 from hstu_lab.config import preset
 from hstu_lab.model import HSTU
-from hstu_lab.onnx_parts import RankerPart, StackPart
+from hstu_lab.onnx_parts import RankerPart, StackPart, TimeBuckets, _History
+from hstu_lab.onnx_precision import MASKED
+from hstu_lab.ops import reference
 
 CHANGES = {"all": {}, "position": {"rab": "position"}, "no bias": {"rab": "none"}, "no users": {"num_users": 0}}
 
@@ -34,7 +36,11 @@ def test_the_stack_is_the_models(model, lengths):
     logits, hidden = StackPart(model)(x, times, lengths)
     truth = model.stack.dense(x, lengths, times)[torch.arange(len(lengths)), lengths - 1]
     torch.testing.assert_close(hidden, truth, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(logits, model.logits(truth), rtol=1e-12, atol=1e-12)
+    known = model.known_items
+    torch.testing.assert_close(logits[:, known], model.logits(truth)[:, known], rtol=1e-12, atol=1e-12)
+    assert (logits[:, ~known] < MASKED / 2).all(), "finite, and below all others"
+    assert logits.isfinite().all()
+    assert (~known).any()
 
 
 @pytest.mark.parametrize("lengths", [[17, 1, 0, 5, 16], [0], [17]], ids=str)
@@ -49,6 +55,29 @@ def test_the_ranker_is_one_masked_pass(model, lengths):
     truth = model.heads(hidden[:, 17:]).sigmoid()
     torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
     assert (ours - ours.roll(1, 1)).abs().max() > 1e-3  # the candidates differ, so a mixed-up order would be seen
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 9, 63, 64, 65, 100])
+def test_buckets_in_octal_are_the_references(count):
+    config = preset("tiny").replace(num_time_buckets=count)
+    edges = torch.tensor([0, *reference.time_thresholds(count)])
+    random = torch.randint(0, 2**40, (1000,), generator=torch.Generator().manual_seed(0))
+    seconds = torch.cat([edges - 1, edges, edges + 1, torch.arange(5000), random, torch.tensor([2**50])]).clamp(min=0)
+    found = TimeBuckets(config)(torch.zeros(1, dtype=torch.int64), seconds)[0]
+    assert torch.equal(found, reference.time_bucket(seconds, count))
+    assert found.max() == count - 1
+
+
+def test_a_sum_over_a_long_history_stays_within_float16():
+    """2,048 products of 8 x 8 before the division by N are 131,072, twice what float16 holds."""
+    config = preset("tiny").replace(max_seq_len=2048, rab="position")
+    history = _History(config, TimeBuckets(config), torch.zeros(1, 2048, dtype=torch.int64), torch.tensor([2048]))
+    history.gate = history.gate.half()
+    q, v = torch.zeros(1, 1, 2048, 2).half(), torch.full((1, 1, 2048, 2), 8.0).half()
+    bias = reference.RelativeBias(torch.full((1, 2048), 8.0).half())
+    out = history.attend(q, q.transpose(2, 3), v, bias)
+    assert out[0, 0, -1, 0].item() == pytest.approx(64, rel=3e-3)
+    assert (torch.full((2048,), 8.0).half() @ v[0, 0]).isinf().all(), "without the division before it, it does not"
 
 
 def test_what_lies_in_the_padding_does_not_matter(model):

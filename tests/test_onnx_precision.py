@@ -4,8 +4,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
+from onnx import TensorProto
 
 from hstu_lab import onnx_precision
 from hstu_lab.events import World
@@ -54,7 +53,7 @@ def test_every_output_is_within_tolerance_and_the_list_stays(model, folders, uns
     rows = parity(model, models, tokens, offsets, candidates)
     assert len(rows) == 6
     for row in rows:
-        assert row.max_rel < TOLERANCE[precision], row
+        assert row.within(TOLERANCE[precision]), row
     overlap = best_overlap(model, models, tokens, offsets)
     assert overlap.mean() >= {"fp32": 1.0, "fp16": 0.99, "int8": 0.9}[precision]
     if precision != "fp32":
@@ -108,24 +107,6 @@ def test_int8_needs_histories_that_the_checkpoint_knows(tmp_path, model):
     with pytest.raises(OnnxError, match="precision 'int4' is unknown: use one of fp32, fp16, int8"):
         export_cached(SHIPPED_CHECKPOINT, tmp_path, precision="int4")
     assert len(sample_histories(SHIPPED_CHECKPOINT)) == 64
-
-
-def _run(proto, **inputs):
-    # ONNX's own evaluator keeps to the types; ONNX Runtime computes float16 in float32 on a CPU and would hide an overflow.
-    return ReferenceEvaluator(proto).run(None, inputs)[0]
-
-
-def test_a_sum_over_a_long_history_does_not_overflow_float16():
-    """A V before the division by N: 2,048 products of 8 x 8 are 131,072, twice what float16 holds."""
-    nodes = [helper.make_node("MatMul", ["a", "v"], ["av"]), helper.make_node("Div", ["av", "n"], ["y"])]
-    a = helper.make_tensor_value_info("a", TensorProto.FLOAT, [4, 2048])
-    v = helper.make_tensor_value_info("v", TensorProto.FLOAT, [2048, 3])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [4, 3])
-    graph = helper.make_graph(nodes, "g", [a, v], [y], [numpy_helper.from_array(np.float32(2048), "n")])
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    inputs = {"a": np.full((4, 2048), 8, np.float32), "v": np.full((2048, 3), 8, np.float32)}
-    assert (_run(proto, **inputs) == 64).all()
-    np.testing.assert_allclose(_run(onnx_precision.convert(proto), **inputs), 64, rtol=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (8, 5), (64, 256)])

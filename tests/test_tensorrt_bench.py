@@ -12,6 +12,7 @@ from hstu_lab import tensorrt_bench as bench
 from hstu_lab.bench_weights import fill, make_weight, strip
 from hstu_lab.config import preset
 from hstu_lab.measure import read_record
+from hstu_lab.onnx_precision import MASKED
 from hstu_lab.tensorrt_build import Request, build
 from hstu_lab.tensorrt_legacy import spelled_out, with_float_weights
 
@@ -74,10 +75,12 @@ def test_an_engine_is_for_one_batch_size_and_leaves_nothing_free(folder, monkeyp
     header, _ = build(bench._request(folder, case, 8), progress=False)
     assert header.profiles == ()
     assert [spec.dims[0] for spec in (*header.inputs, *header.outputs)] == [8] * 5
-    session = onnxruntime.InferenceSession(str(bench._request(folder, case, 8).onnx), providers=["CPUExecutionProvider"])
-    whole = onnxruntime.InferenceSession(str(folder / case.file), providers=["CPUExecutionProvider"])
-    feed = bench.make_inputs(case, 8, CONFIG, False)
-    np.testing.assert_array_equal(session.run(["hidden"], feed)[0], whole.run(["hidden"], feed)[0])
+    loose = CASES[3]
+    for same, most in ((loose, 0), (case, 2e-3)):  # ONNX Runtime rounds to halves in other places where sizes are fixed
+        session = onnxruntime.InferenceSession(str(bench._request(folder, same, 8).onnx), providers=["CPUExecutionProvider"])
+        whole = onnxruntime.InferenceSession(str(folder / same.file), providers=["CPUExecutionProvider"])
+        feed = bench.make_inputs(same, 8, CONFIG, False)
+        np.testing.assert_allclose(session.run(["hidden"], feed)[0], whole.run(["hidden"], feed)[0], rtol=0, atol=most)
 
 
 def test_loose_graphs_leave_the_choice_of_fp16_to_the_engine(folder):
@@ -136,11 +139,18 @@ def test_weights_depend_on_their_names_only():
     assert make_weight("x.norm.weight", (99,)).min() > 0.7
 
 
-def test_an_error_is_relative_and_infinities_must_agree():
-    truth = np.array([1.0, -4.0, -np.inf])
-    assert bench.error(np.array([1.2, -4.0, -np.inf]), truth) == pytest.approx(0.05)
-    assert bench.error(np.array([1.0, -4.0, 0.0]), truth) == np.inf
-    assert bench.error(np.array([1.0, np.nan, -np.inf]), truth) == np.inf
+def test_an_error_is_relative_and_of_what_is_not_masked():
+    truth = np.array([1.0, -4.0, MASKED])
+    for ours, error, alike in (
+        ([1.2, -4.0, MASKED], 0.05, "1 of 1"),
+        ([1.2, -4.0, -np.inf], 0.05, "1 of 1"),
+        ([1.0, -4.0, 0.0], 0, "0 of 1"),
+        ([1.0, -4.0, np.nan], 0, "0 of 1"),
+        ([1.0, np.nan, MASKED], np.inf, "1 of 1"),
+        ([1.0, MASKED, MASKED], -MASKED / 4 - 1, "1 of 1"),
+    ):
+        assert bench.error(np.array(ours), truth) == pytest.approx(error)
+        assert bench.masked(np.array(ours), truth) == alike
 
 
 def test_a_failing_case_is_a_result_and_the_next_one_runs(tmp_path):

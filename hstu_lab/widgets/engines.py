@@ -56,7 +56,7 @@ def profile_cliff(
             axes.plot(list(recorded), list(recorded.values()), "k^", markersize=6, label="recorded engines")
         if longest < 2048:
             axes.axvspan(longest, 2048, color="#cccccc", hatch="//", alpha=0.4, label="refused")
-        axes.axvline(length, color="#444444", linestyle=":")
+        axes.axvline(length, color="#444444", linestyle=":", label="this history")
         axes.set(
             xlim=(0, 2048),
             ylim=(0, None),
@@ -64,7 +64,7 @@ def profile_cliff(
             ylabel="ms",
             title=f"gr-3b stack, batch {batch}, {device} (modelled)",
         )
-        axes.legend(frameon=False, fontsize=9, loc="upper left")
+        axes.legend(fontsize=9, loc="lower right", framealpha=0.9, edgecolor="none")
         source_line(figure, source)
     return figure
 
@@ -147,6 +147,6 @@ def build_phases(seconds: Mapping[str, Mapping[str, float]]) -> Figure:
             starts = {engine: start + width for (engine, start), width in zip(starts.items(), widths)}
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-        axes.set(xlabel="s", title="Building, by phase")
+        axes.set(xlabel="seconds, measured here", title="Building, by phase")
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
