@@ -33,7 +33,7 @@ IN_CACHE = 3
 """Rows in the cache sampled at each access; the row asked for is at every other."""
 HORIZON = SHORTEST * 2 ** (BINS - 1) * (IN_CACHE + 1)
 """Samples remembered, times the capacity: until the last span is over."""
-SAMPLE, POOL = 40, 16
+SAMPLE, POOL = 64, 24
 """Rows looked at on a miss; of them, the least of the miss before, looked at again (as Redis does)."""
 LEARNING_RATE, STEADY, LEAST = 2e-3, 4000, 0.15
 """After STEADY steps the rate falls with the root of their number, to LEAST of what it was."""
