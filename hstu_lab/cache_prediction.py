@@ -5,7 +5,7 @@ that follows the predictor while it helps and the best classic policy while it d
 
 The predictor is a network of one hidden layer on `cache_features.FEATURES`. It tells the chance that a row is asked for within
 each of `BINS` spans, given that it was not before (a discrete-time hazard: Singer and Willett, 1993), learned on rows sampled as
-they are asked for and as they lie in the cache. Each span is learned from as soon as it is over or the row asked for: to wait for
+they are asked for, later, and as they lie in the cache. Each span is learned from as soon as it is over or the row asked for: to wait for
 the end of the last would teach of today's uses and of yesterday's rows that nobody used. On a miss
 the row of the least *index* goes, of `SAMPLE` and the one asked for: the best ratio, over how long one might keep it, of the
 chance of a hit to the slot's time that it costs (the index of Gittins, 1979). The longest expected wait would be the wrong rule:
@@ -29,10 +29,10 @@ HIDDEN = 32
 BINS, SHORTEST = 5, 0.5
 """Spans end at SHORTEST x capacity and double from there."""
 WEIGHTS = HIDDEN * (F + 1) + BINS * (HIDDEN + 1)
-IN_CACHE = 3
-"""Rows in the cache sampled at each access; the row asked for is at every other."""
-HORIZON = SHORTEST * 2 ** (BINS - 1) * (IN_CACHE + 1)
-"""Samples remembered, times the capacity: until the last span is over."""
+LONGEST = SHORTEST * 2 ** (BINS - 1)
+SAMPLED = 4
+"""Rows sampled at an access: the one asked for (every other time), one asked for of late (LONGEST), two that lie in the cache.
+They are remembered until the last span is over."""
 SAMPLE, POOL = 64, 24
 """Rows looked at on a miss; of them, the least of the miss before, looked at again (as Redis does)."""
 LEARNING_RATE, STEADY, LEAST = 2e-3, 4000, 0.15
@@ -266,10 +266,12 @@ def _play(
             if victim != i:
                 own[at[victim]], at[i] = i, at[victim]
                 at[victim] = -1
-        for s in range(1 + IN_CACHE):
+        for s in range(SAMPLED):
             if s == 0 and np.random.random() < 0.5:
                 continue
-            c = i if s == 0 else own[np.random.randint(size)]
+            c = own[np.random.randint(size)]
+            if s < 2:
+                c = i if s == 0 else items[t - np.random.randint(min(t, int(LONGEST * capacity)) + 1)]
             q = write
             write = (write + 1) % horizon
             features(seen_x[q], k, c, t, now)
@@ -349,7 +351,7 @@ def play(
     """
     if capacity < 1:
         raise ValueError(f"capacity is {capacity}: give at least one row")
-    accesses, num_items, horizon = len(trace.items), trace.num_items, max(int(HORIZON * capacity), 1024) + 64
+    accesses, num_items, horizon = len(trace.items), trace.num_items, max(int(SAMPLED * LONGEST * capacity), 1024) + 64
     half_life = half_life or min(max(8 * capacity, 512), 4096)
     names = (*POLICIES, "predicted")
     nothing = np.empty(0, np.bool_)
