@@ -64,12 +64,12 @@ WHO, SHIFT, A_SECOND, EXPECTED_AT, CAPACITY = range(5)
 
 class Knowledge(NamedTuple):
     """Of N rows and U users. row (N, 11), user (U, 11): fields named above. counts (N, DECAYS), counted (N,): decayed uses, and
-    when; near (N / NEARBY, 3): the same of neighbours. asked_by (N, 2): the last user, the one before. holder (N, HOLDERS) users, held (N, HOLDERS, 2): at which of his
-    requests, at which place. gaps, chance (2, PACES, BINS + 1): returns by pace and gap (accesses, seconds) and requests in all;
-    cumulated. stayed (2, 10, 100): by length and place, rows asked for again at the next request, of how many; stays (10, 100)
-    the ratio. follows (N, C): how often one row followed another. forerun (N,). expected (3, C). met (U, M): what a user has had.
-    path (U, REMEMBERED, 2): his last new rows, and when; steps (U,). back (U, 7): chances of his return, by accesses and by
-    seconds, as of the access in the last column. now (5,): fields named above.
+    when; near (N / NEARBY + 1, 3): the same of neighbours. asked_by (N, 2): the last user, the one before. holder (N, HOLDERS)
+    users, held (N, HOLDERS, 2): at which of his requests, at which place. gaps, chance (2, PACES, BINS + 1): returns by pace and
+    gap (accesses, seconds) and requests in all; cumulated. stayed (2, 10, 100): by length and place, rows asked for again at the
+    next request, of how many; stays (10, 100) the ratio. follows (N, C): how often one row followed another. forerun (N,).
+    expected (3, C). met (U, M): what a user has had. path (U, REMEMBERED, 2): his last new rows, and when; steps (U,). back
+    (U, 7): chances of his return, by accesses and by seconds, as of the access in the last column. now (5,): fields named above.
     """
 
     row: np.ndarray
@@ -104,11 +104,12 @@ def new_knowledge(num_items: int, users: int, capacity: int) -> Knowledge:
     stayed = np.ones((2, 10, 100))
     stayed[1] = 2
     return Knowledge(
-        row, np.zeros((users, 11)), np.zeros((num_items, DECAYS)), np.zeros(num_items), np.zeros((num_items // NEARBY + 1, 3)),
-        np.full((num_items, 2), -1), np.full((num_items, HOLDERS), -1), np.zeros((num_items, HOLDERS, 2)), np.zeros((2, PACES, BINS + 1)), chance, stayed,
-        np.full((10, 100), 0.5), np.zeros((num_items, columns), np.uint16), np.zeros(num_items, np.float32),
-        np.zeros((3, columns), np.float32), np.zeros((users, had), np.uint8), np.zeros((users, REMEMBERED, 2)),
-        np.zeros(users, np.int64), np.full((users, 7), -1.0), np.array([0, -1, 1, 0, capacity], np.float64),
+        row, np.zeros((users, 11)), np.zeros((num_items, DECAYS)), np.zeros(num_items),
+        np.zeros((num_items // NEARBY + 1, 3)), np.full((num_items, 2), -1), np.full((num_items, HOLDERS), -1),
+        np.zeros((num_items, HOLDERS, 2)), np.zeros((2, PACES, BINS + 1)), chance, stayed, np.full((10, 100), 0.5),
+        np.zeros((num_items, columns), np.uint16), np.zeros(num_items, np.float32), np.zeros((3, columns), np.float32),
+        np.zeros((users, had), np.uint8), np.zeros((users, REMEMBERED, 2)), np.zeros(users, np.int64),
+        np.full((users, 7), -1.0), np.array([0, -1, 1, 0, capacity], np.float64),
     )  # fmt: skip
 
 

@@ -5,11 +5,11 @@ that follows the predictor while it helps and the best classic policy while it d
 
 The predictor is a network of one hidden layer on `cache_features.FEATURES`. It tells the chance that a row is asked for within
 each of `BINS` spans, given that it was not before (a discrete-time hazard: Singer and Willett, 1993), learned on rows sampled as
-they are asked for, later, and as they lie in the cache. Each span is learned from as soon as it is over or the row asked for: to wait for
-the end of the last would teach of today's uses and of yesterday's rows that nobody used. On a miss
-the row of the least *index* goes, of `SAMPLE` and the one asked for: the best ratio, over how long one might keep it, of the
-chance of a hit to the slot's time that it costs (the index of Gittins, 1979). The longest expected wait would be the wrong rule:
-a row that comes soon or never is worth its slot for a while.
+they are asked for, later, and as they lie in the cache. A span is learned from as soon as it is over or the row asked for: who
+waits for the last span learns of uses at once and of rows that nobody used much later, and takes rows to be in demand that are
+not. On a miss the row of the least *index* goes, of `SAMPLE` and the one asked for: the best ratio, over how long one might keep
+it, of the chance of a hit to the slot's time that it costs (the index of Gittins, 1979). The longest expected wait would be the
+wrong rule: a row that comes soon or never is worth its slot for a while.
 """
 
 from __future__ import annotations
