@@ -45,8 +45,6 @@ SMOOTHING, SMOOTHEST = 20.0, 7e-4
 NEVER = 1e9
 LONG = 32
 """Policies are compared over two half-lives, the longer so many times the shorter: one is quick, the other exact."""
-CHANGES = 4
-"""A change of policy costs misses: after each the next waits twice as many half-lives, to 2 ** CHANGES, unless it is urgent."""
 
 jit = njit(cache=True, nogil=True, fastmath=True)
 
@@ -204,7 +202,7 @@ def _play(
     x, h, over = np.zeros(F, np.float32), np.zeros(HIDDEN, np.float32), np.zeros(BINS, np.int64)
     g, batch = np.zeros(WEIGHTS, np.float32), 0
     pool, value = np.full(POOL, -1), np.full(POOL, NEVER)
-    predicted, changes, rest = NUMBER_OF_POLICIES, 0, 0
+    predicted = NUMBER_OF_POLICIES
     score, lead, lives = np.zeros((2, predicted + 1)), predicted, (half_life, LONG * half_life)
     fade = (math.exp2(-1.0 / lives[0]), math.exp2(-1.0 / lives[1]))
     margin = (0.5 / math.sqrt(lives[0]), 0.25 / math.sqrt(lives[1]))
@@ -290,12 +288,7 @@ def _play(
         for p in range(predicted + 1):
             for life in range(2):
                 score[life, p] = score[life, p] * fade[life] + (1 - fade[life] if shadow[p, t] else 0.0)
-        better = _lead(score, lead, margin)
-        if better != lead and (t >= rest or score[0, better] > score[0, lead] + 4 * margin[0]):
-            lead, changes = better, min(changes + 1, CHANGES)
-            rest = t + half_life * 2**changes
-        elif t > rest + LONG * half_life:
-            changes = 0
+        lead = _lead(score, lead, margin)
         leader[t] = lead
         hits[t] = real_at[i] >= 0
         if not hits[t]:
