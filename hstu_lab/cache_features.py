@@ -1,6 +1,7 @@
 """What a cache can know of its rows and users, kept up to date access by access, and the predictor's features made of it.
 
-Three kinds. *The row's own past*: how recently and how often it was asked for, and by whom last. *Its holders*: a row lies in the
+Three kinds. *The row's own past*: how recently and how often it was asked for, and by whom last; how often the rows numbered next
+to it were, which often came into the catalogue together with it. *Its holders*: a row lies in the
 last requests of several users and is wanted again when the first of them returns; how likely a user is to return within some
 accesses follows from counts of how long users of his pace stayed away (by accesses and by seconds), and how likely the row is to
 be asked for again then from its place in his last request. *What it follows*: which rows the same user asks for after which,
@@ -20,8 +21,9 @@ HORIZONS = (0.5, 2.0, 8.0)
 FADES = (30.0, 200.0, 1000.0)
 """Accesses after which what a user's step lets expect has lost all but 1/e of its weight."""
 FEATURES = (
-    "accesses since the last use", "the gap before", "the gap before that", "uses, decayed over 128 accesses",
-    "uses, decayed over 1,024", "uses, decayed over 8,192", "uses, decayed over 65,536", "uses an access, in all",
+    "accesses since the last use", "the gap before", "the gap before that", "uses, decayed over 32 accesses",
+    "uses, decayed over 128", "uses, decayed over 512", "uses, decayed over 2,048", "uses, decayed over 8,192",
+    "uses, decayed over 32,768", "uses, decayed over 131,072", "uses an access, in all",
     "place in the last user's request", "length of that user's request before", "accesses between that user's requests",
     "accesses since that user's last request", "that user has not returned since", "that user has returned once since",
     "seconds since that user's last request", "requests of that user so far", "accesses since first seen",
@@ -33,11 +35,16 @@ FEATURES = (
     "holders expected back within 0.5 x capacity", "holders back within 2 x", "holders back within 8 x",
     "the likeliest holder, 2 x", "holders",
     "holders expected back by the clock, 0.5 x capacity", "holders back by the clock, 2 x", "holders back by the clock, 8 x",
+    "that user's last gap", "the one before", "seconds of it", "seconds of the one before", "seconds between his requests",
+    "uses of the rows nearby, decayed over 1,024 accesses", "uses nearby, decayed over 16,384",
     "to come in the request under way", "accesses until then", "place of the request under way", "1 / accesses until then",
 )  # fmt: skip
 F = len(FEATURES)
 HOLDERS = 16
-DECAYS = 4
+DECAYS = 7
+"""Uses of a row are counted with this many half-lives: 32 accesses, and four times as many from one to the next."""
+NEARBY, NEAR_HALF_LIVES = 16, (1024, 16384)
+"""Rows numbered alike but for the remainder by NEARBY are neighbours; their uses are counted together, with these half-lives."""
 FAR = 1e6
 PACES, BINS, QUARTERS = 24, 100, 4
 """Users are told apart by the logarithm of their usual gap; the time until they return is counted in quarter octaves."""
@@ -51,24 +58,25 @@ PAIRS, MET = 2**27, 2**26
 jit = njit(cache=True, nogil=True, fastmath=True)
 
 LAST, GAP, GAP_BEFORE, USES, FIRST, PLACE, VISIT, AT, SECONDS, PLACE_BEFORE, VISIT_BEFORE = range(11)
-VISITS, ASKED, PACE, LENGTH, WHEN, SO_FAR, PACE_SECONDS = range(7)
+VISITS, ASKED, PACE, LENGTH, WHEN, SO_FAR, PACE_SECONDS, AWAY, AWAY_BEFORE, SECONDS_AWAY, SECONDS_AWAY_BEFORE = range(11)
 WHO, SHIFT, A_SECOND, EXPECTED_AT, CAPACITY = range(5)
 
 
 class Knowledge(NamedTuple):
-    """Of N rows and U users. row (N, 11), user (U, 7): fields named above. counts (N, DECAYS), counted (N,): decayed uses, and
-    when. asked_by (N, 2): the last user, the one before. holder (N, HOLDERS) users, held (N, HOLDERS, 2): at which of his
-    requests, at which place. gaps, chance (2, PACES, BINS + 1): returns by pace and gap (accesses, seconds) and requests in all;
-    cumulated. stayed (2, 10, 100): by length and place, rows asked for again at the next request, of how many; stays (10, 100)
-    the ratio. follows (N, C): how often one row followed another. forerun (N,). expected (3, C). met (U, M): what a user has had.
-    path (U, REMEMBERED, 2): his last new rows, and when; steps (U,). back (U, 7): chances of his return, by accesses and by
-    seconds, as of the access in the last column. now (5,): fields named above.
+    """Of N rows and U users. row (N, 11), user (U, 11): fields named above. counts (N, DECAYS), counted (N,): decayed uses, and
+    when; near (N / NEARBY + 1, 3): the same of neighbours. asked_by (N, 2): the last user, the one before. holder (N, HOLDERS)
+    users, held (N, HOLDERS, 2): at which of his requests, at which place. gaps, chance (2, PACES, BINS + 1): returns by pace and
+    gap (accesses, seconds) and requests in all; cumulated. stayed (2, 10, 100): by length and place, rows asked for again at the
+    next request, of how many; stays (10, 100) the ratio. follows (N, C): how often one row followed another. forerun (N,).
+    expected (3, C). met (U, M): what a user has had. path (U, REMEMBERED, 2): his last new rows, and when; steps (U,). back
+    (U, 7): chances of his return, by accesses and by seconds, as of the access in the last column. now (5,): fields named above.
     """
 
     row: np.ndarray
     user: np.ndarray
     counts: np.ndarray
     counted: np.ndarray
+    near: np.ndarray
     asked_by: np.ndarray
     holder: np.ndarray
     held: np.ndarray
@@ -96,11 +104,12 @@ def new_knowledge(num_items: int, users: int, capacity: int) -> Knowledge:
     stayed = np.ones((2, 10, 100))
     stayed[1] = 2
     return Knowledge(
-        row, np.zeros((users, 7)), np.zeros((num_items, DECAYS)), np.zeros(num_items), np.full((num_items, 2), -1),
-        np.full((num_items, HOLDERS), -1), np.zeros((num_items, HOLDERS, 2)), np.zeros((2, PACES, BINS + 1)), chance, stayed,
-        np.full((10, 100), 0.5), np.zeros((num_items, columns), np.uint16), np.zeros(num_items, np.float32),
-        np.zeros((3, columns), np.float32), np.zeros((users, had), np.uint8), np.zeros((users, REMEMBERED, 2)),
-        np.zeros(users, np.int64), np.full((users, 7), -1.0), np.array([0, -1, 1, 0, capacity], np.float64),
+        row, np.zeros((users, 11)), np.zeros((num_items, DECAYS)), np.zeros(num_items),
+        np.zeros((num_items // NEARBY + 1, 3)), np.full((num_items, 2), -1), np.full((num_items, HOLDERS), -1),
+        np.zeros((num_items, HOLDERS, 2)), np.zeros((2, PACES, BINS + 1)), chance, stayed, np.full((10, 100), 0.5),
+        np.zeros((num_items, columns), np.uint16), np.zeros(num_items, np.float32), np.zeros((3, columns), np.float32),
+        np.zeros((users, had), np.uint8), np.zeros((users, REMEMBERED, 2)), np.zeros(users, np.int64),
+        np.full((users, 7), -1.0), np.array([0, -1, 1, 0, capacity], np.float64),
     )  # fmt: skip
 
 
@@ -123,6 +132,11 @@ def _pace(visits, gap):
 
 
 @jit
+def _decayed(count, accesses, half_life):
+    return count * math.exp2(-accesses / half_life)
+
+
+@jit
 def _start_of_request(k, t, u, now, seconds):
     """User u asks again, at access t and second `now`, `seconds` after the request before of whomever."""
     user = k.user[u]
@@ -140,6 +154,8 @@ def _start_of_request(k, t, u, now, seconds):
         user[PACE] += share * (away + length - user[PACE])
         user[PACE_SECONDS] += share * (seconds_away - user[PACE_SECONDS])
         user[LENGTH] = length
+        user[AWAY_BEFORE], user[SECONDS_AWAY_BEFORE] = user[AWAY], user[SECONDS_AWAY]
+        user[AWAY], user[SECONDS_AWAY] = away, seconds_away
     user[VISITS] += 1
     user[SO_FAR] = 0
     k.gaps[0, _pace(user[VISITS], user[PACE]), BINS] += 1
@@ -228,8 +244,12 @@ def observe(k, t, i, u, now, starts, seconds):
     row[LAST] = t
     row[USES] += 1
     for d in range(DECAYS):
-        k.counts[i, d] = k.counts[i, d] * math.exp2(-(t - k.counted[i]) / (1 << (7 + 3 * d))) + 1
+        k.counts[i, d] = _decayed(k.counts[i, d], t - k.counted[i], 32 << 2 * d) + 1
     k.counted[i] = t
+    near = k.near[i // NEARBY]
+    for d in range(2):
+        near[d] = _decayed(near[d], t - near[2], NEAR_HALF_LIVES[d]) + 1
+    near[2] = t
     if k.asked_by[i, 0] != u:
         k.asked_by[i, 1], row[PLACE_BEFORE], row[VISIT_BEFORE] = k.asked_by[i, 0], row[PLACE], row[VISIT]
         k.asked_by[i, 0] = u
@@ -273,10 +293,10 @@ def _return(k, u, t, now):
 
 
 @jit
-def _holders(x, k, i, t, now):
-    """x (12,): features of row i's holders."""
-    x[:] = 0
-    x[9] = 2.0
+def _holders(x, y, k, i, t, now):
+    """x (8,): features of row i's holders; y (4,): of its place in the request under way."""
+    x[:] = y[:] = 0
+    y[1] = 2.0
     current = int(k.now[WHO])
     for s in range(HOLDERS):
         u = k.holder[i, s]
@@ -286,7 +306,7 @@ def _holders(x, k, i, t, now):
         if u == current and user[VISITS] == visit + 1:
             until = place - k.now[SHIFT] - (user[SO_FAR] - 1)
             if until > 0 and k.now[SHIFT] >= 0:
-                x[8], x[9], x[11] = 1.0, _log(until) / 4, 1.0 / until
+                y[0], y[1], y[3] = 1.0, _log(until) / 4, 1.0 / until
             continue
         if user[VISITS] != visit:
             continue
@@ -300,7 +320,7 @@ def _holders(x, k, i, t, now):
         x[3] = max(x[3], stays * back[1])
     for h in range(8):
         x[h] = _log(x[h]) / 2 if h == 4 else _log(100 * x[h]) / 4
-    x[10] = k.user[current, SO_FAR] / 50
+    y[2] = k.user[current, SO_FAR] / 50
 
 
 @jit
@@ -312,35 +332,41 @@ def features(x, k, i, t, now):
     x[1] = _log(row[GAP]) / 8
     x[2] = _log(row[GAP_BEFORE]) / 8
     for d in range(DECAYS):
-        x[3 + d] = _log(8 * k.counts[i, d] * math.exp2(-(t - k.counted[i]) / (1 << (7 + 3 * d)))) / 4
-    x[7] = _log(1e5 * row[USES] / (t + 1.0)) / 8
-    x[8] = _log(row[PLACE]) / 4
-    x[9] = _log(user[LENGTH]) / 4
-    x[10] = _log(user[PACE]) / 8
-    x[11] = _log(t - user[ASKED]) / 8
-    x[12] = 1.0 if user[VISITS] == row[VISIT] else 0.0
-    x[13] = 1.0 if user[VISITS] == row[VISIT] + 1 else 0.0
-    x[14] = _log(max(now - user[WHEN], 0.0)) / 8
-    x[15] = _log(user[VISITS]) / 4
-    x[16] = _log(t - row[FIRST]) / 8
-    x[17] = min(row[PLACE] / 50 - 0.2, 2.0)
-    x[18] = _log(max(now - row[AT], 0.0)) / 8
-    x[19] = _log(row[SECONDS]) / 8
+        x[3 + d] = _log(8 * _decayed(k.counts[i, d], t - k.counted[i], 32 << 2 * d)) / 4
+    x[10] = _log(1e5 * row[USES] / (t + 1.0)) / 8
+    x[11] = _log(row[PLACE]) / 4
+    x[12] = _log(user[LENGTH]) / 4
+    x[13] = _log(user[PACE]) / 8
+    x[14] = _log(t - user[ASKED]) / 8
+    x[15] = 1.0 if user[VISITS] == row[VISIT] else 0.0
+    x[16] = 1.0 if user[VISITS] == row[VISIT] + 1 else 0.0
+    x[17] = _log(max(now - user[WHEN], 0.0)) / 8
+    x[18] = _log(user[VISITS]) / 4
+    x[19] = _log(t - row[FIRST]) / 8
+    x[20] = min(row[PLACE] / 50 - 0.2, 2.0)
+    x[21] = _log(max(now - row[AT], 0.0)) / 8
+    x[22] = _log(row[SECONDS]) / 8
+    for g in range(AWAY, SECONDS_AWAY_BEFORE + 1):
+        x[42 + g - AWAY] = _log(user[g]) / 8
+    x[46] = _log(user[PACE_SECONDS]) / 8
+    near = k.near[i // NEARBY]
+    for d in range(2):
+        x[47 + d] = _log(8 * _decayed(near[d], t - near[2], NEAR_HALF_LIVES[d])) / 4
     u = k.asked_by[i, 1]
-    x[20:26] = 2.0
-    x[21] = x[22] = 0.0
+    x[23:29] = 2.0
+    x[24] = x[25] = 0.0
     if u >= 0:
         user = k.user[u]
-        x[20] = _log(t - user[ASKED]) / 8
-        x[21] = 1.0 if user[VISITS] == row[VISIT_BEFORE] else 0.0
-        x[22] = 1.0 if user[VISITS] == row[VISIT_BEFORE] + 1 else 0.0
-        x[23] = min(row[PLACE_BEFORE] / 50 - 0.2, 2.0)
-        x[24] = _log(user[PACE]) / 8
-        x[25] = _log(max(now - user[WHEN], 0.0)) / 8
+        x[23] = _log(t - user[ASKED]) / 8
+        x[24] = 1.0 if user[VISITS] == row[VISIT_BEFORE] else 0.0
+        x[25] = 1.0 if user[VISITS] == row[VISIT_BEFORE] + 1 else 0.0
+        x[26] = min(row[PLACE_BEFORE] / 50 - 0.2, 2.0)
+        x[27] = _log(user[PACE]) / 8
+        x[28] = _log(max(now - user[WHEN], 0.0)) / 8
     share, c = math.log2((row[USES] + 1.0) / (t + 1.0)), i % k.follows.shape[1]
     for f in range(3):
         soon = max(k.expected[f, c], np.float32(0.0)) * math.exp(-(t - k.now[EXPECTED_AT]) / FADES[f])
-        x[26 + f] = _log(1000 * soon) / 4
+        x[29 + f] = _log(1000 * soon) / 4
         if f < 2:
-            x[29 + f] = (math.log2(soon + 1e-3) - share) / 4
-    _holders(x[31:], k, i, t, now)
+            x[32 + f] = (math.log2(soon + 1e-3) - share) / 4
+    _holders(x[34:42], x[49:], k, i, t, now)

@@ -5,10 +5,11 @@ that follows the predictor while it helps and the best classic policy while it d
 
 The predictor is a network of one hidden layer on `cache_features.FEATURES`. It tells the chance that a row is asked for within
 each of `BINS` spans, given that it was not before (a discrete-time hazard: Singer and Willett, 1993), learned on rows sampled as
-they are asked for and as they lie in the cache; the label comes with the next use, or with the end of the last span. On a miss
-the row of the least *index* goes, of `SAMPLE` and the one asked for: the best ratio, over how long one might keep it, of the
-chance of a hit to the slot's time that it costs (the index of Gittins, 1979). The longest expected wait would be the wrong rule:
-a row that comes soon or never is worth its slot for a while.
+they are asked for, later, and as they lie in the cache. A span is learned from as soon as it is over or the row asked for: who
+waits for the last span learns of uses at once and of rows that nobody used much later, and takes rows to be in demand that are
+not. On a miss the row of the least *index* goes, of `SAMPLE` and the one asked for: the best ratio, over how long one might keep
+it, of the chance of a hit to the slot's time that it costs (the index of Gittins, 1979). The longest expected wait would be the
+wrong rule: a row that comes soon or never is worth its slot for a while.
 """
 
 from __future__ import annotations
@@ -28,16 +29,19 @@ HIDDEN = 32
 BINS, SHORTEST = 5, 0.5
 """Spans end at SHORTEST x capacity and double from there."""
 WEIGHTS = HIDDEN * (F + 1) + BINS * (HIDDEN + 1)
-HORIZON = 12
-"""Samples remembered, times the capacity: one and a half an access, so the last span has passed when one is forgotten."""
-SAMPLE, POOL = 40, 16
+LONGEST = SHORTEST * 2 ** (BINS - 1)
+SAMPLED = 4
+"""Rows sampled at an access: the one asked for (every other time), one asked for of late (LONGEST), two that lie in the cache.
+They are remembered until the last span is over."""
+SAMPLE, POOL = 64, 24
 """Rows looked at on a miss; of them, the least of the miss before, looked at again (as Redis does)."""
-LEARNING_RATE = 2e-3
+LEARNING_RATE, STEADY, LEAST = 2e-3, 4000, 0.15
+"""After STEADY steps the rate falls with the root of their number, to LEAST of what it was."""
 REHEARSED = 300_000
 """A short first part is gone through again until this many accesses have been learned from."""
 BATCH = 64
-SMOOTHING = 0.005
-"""Decisions use a running mean of the weights, to which each step adds this share."""
+SMOOTHING, SMOOTHEST = 20.0, 7e-4
+"""Decisions use a running mean of the weights, over a twentieth of all steps: each adds SMOOTHING / steps, or SMOOTHEST."""
 NEVER = 1e9
 LONG = 32
 """Policies are compared over two half-lives, the longer so many times the shorter: one is quick, the other exact."""
@@ -105,24 +109,15 @@ def _index(x, w, h):
 
 
 @jit
-def _learn(x, wait, w, h, down, g):
-    """Add the gradient of the log-likelihood of a wait, in capacities, to g; leaves the hidden layer's in down."""
+def _learn(x, b, came, w, h, g):
+    """Add to g the gradient of the log-likelihood of span b: the row, not asked for before, came within it, or did not."""
     _hidden(x, w, h)
-    down[:] = 0
-    end = SHORTEST
-    for b in range(BINS):
-        came = wait <= end
-        e = np.float32(1 / (1 + math.exp(-_output(w, h, b))) - (1.0 if came else 0.0))
-        out = HIDDEN * (F + 1) + b * HIDDEN
-        for j in range(HIDDEN):
-            down[j] += e * w[out + j]
-            g[out + j] += e * h[j]
-        g[WEIGHTS - BINS + b] += e
-        if came:
-            break
-        end *= 2
+    out = HIDDEN * (F + 1) + b * HIDDEN
+    e = np.float32(1 / (1 + math.exp(-_output(w, h, b))) - (1.0 if came else 0.0))
+    g[WEIGHTS - BINS + b] += e
     for j in range(HIDDEN):
-        d = down[j] * (np.float32(1.0) if h[j] > 0 else np.float32(0.05))
+        d = e * w[out + j] * (np.float32(1.0) if h[j] > 0 else np.float32(0.05))
+        g[out + j] += e * h[j]
         for f in range(F):
             g[j * F + f] += d * x[f]
         g[HIDDEN * F + j] += d
@@ -204,7 +199,7 @@ def _play(
     seen_x, seen_item = np.zeros((horizon, F), np.float32), np.full(horizon, -1)
     seen_time, before, done = np.zeros(horizon, np.int64), np.full(horizon, -1), np.zeros(horizon, np.bool_)
     newest, write = np.full(num_items, -1), 0
-    x, h, down = np.zeros(F, np.float32), np.zeros(HIDDEN, np.float32), np.zeros(HIDDEN, np.float32)
+    x, h, over = np.zeros(F, np.float32), np.zeros(HIDDEN, np.float32), np.zeros(BINS, np.int64)
     g, batch = np.zeros(WEIGHTS, np.float32), 0
     pool, value = np.full(POOL, -1), np.full(POOL, NEVER)
     predicted = NUMBER_OF_POLICIES
@@ -213,10 +208,23 @@ def _play(
     margin = (0.5 / math.sqrt(lives[0]), 0.25 / math.sqrt(lives[1]))
     for t in range(len(items)):
         i, u, now = items[t], users[t], times[t]
+        end = SHORTEST * capacity
+        for b in range(BINS):
+            while over[b] != write and t - seen_time[over[b]] > end:
+                if not done[over[b]]:
+                    _learn(seen_x[over[b]], b, False, w, h, g)
+                    batch += 1
+                over[b] = (over[b] + 1) % horizon
+            end *= 2
         q = newest[i]
         while q >= 0 and seen_item[q] == i and not done[q]:
             done[q] = True
-            _learn(seen_x[q], (t - seen_time[q]) / capacity, w, h, down, g)
+            b, end = 0, SHORTEST * capacity
+            while b < BINS and t - seen_time[q] > end:
+                b, end = b + 1, 2 * end
+            if b == BINS:
+                break
+            _learn(seen_x[q], b, True, w, h, g)
             batch += 1
             older = before[q]
             if older >= 0 and seen_time[older] > seen_time[q]:
@@ -224,9 +232,9 @@ def _play(
             q = older
         newest[i] = -1
         if batch >= BATCH:
-            _adam(w, g, m, v, rate, steps, batch)
+            _adam(w, g, m, v, rate * min(max(math.sqrt(STEADY / (steps[0] + 1)), LEAST), 1.0), steps, batch)
             batch = 0
-            share = np.float32(max(1.0 / steps[0], SMOOTHING))
+            share = np.float32(max(min(SMOOTHING / steps[0], 1.0), SMOOTHEST))
             for p in range(WEIGHTS):
                 smooth[p] += share * (w[p] - smooth[p])
         starts = t == 0 or u != users[t - 1] or now != times[t - 1]
@@ -258,15 +266,14 @@ def _play(
             if victim != i:
                 own[at[victim]], at[i] = i, at[victim]
                 at[victim] = -1
-        for s in range(2):  # the row asked for, every other time, and one that lies in the cache
+        for s in range(SAMPLED):
             if s == 0 and np.random.random() < 0.5:
                 continue
-            c = i if s == 0 else own[np.random.randint(size)]
+            c = own[np.random.randint(size)]
+            if s < 2:
+                c = i if s == 0 else items[t - np.random.randint(min(t, int(LONGEST * capacity)) + 1)]
             q = write
             write = (write + 1) % horizon
-            if seen_item[q] >= 0 and not done[q]:
-                _learn(seen_x[q], NEVER, w, h, down, g)
-                batch += 1
             features(seen_x[q], k, c, t, now)
             _measure(seen_x[q], scale, moments)
             _standard(seen_x[q], scale)
@@ -344,7 +351,7 @@ def play(
     """
     if capacity < 1:
         raise ValueError(f"capacity is {capacity}: give at least one row")
-    accesses, num_items, horizon = len(trace.items), trace.num_items, max(HORIZON * capacity, 1024)
+    accesses, num_items, horizon = len(trace.items), trace.num_items, max(int(SAMPLED * LONGEST * capacity), 1024) + 64
     half_life = half_life or min(max(8 * capacity, 512), 4096)
     names = (*POLICIES, "predicted")
     nothing = np.empty(0, np.bool_)

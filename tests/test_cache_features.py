@@ -72,6 +72,22 @@ def test_holders_who_return_quickly_make_a_row_likely():
     assert by_the_clock[0] > 2 * by_the_clock[1]
 
 
+def test_a_user_s_gaps():
+    _, feature = watched([(0, 0, 100), (1, 1, 110), (2, 1, 110), (0, 0, 130), (1, 1, 131), (0, 0, 190)])
+    assert feature("that user's last gap", 0) == pytest.approx(math.log2(3) / 8)
+    assert feature("the one before", 0) == pytest.approx(math.log2(4) / 8)
+    assert feature("seconds of it", 0) == pytest.approx(math.log2(61) / 8)
+    assert feature("seconds of the one before", 0) == pytest.approx(math.log2(31) / 8)
+
+
+def test_rows_numbered_alike_share_a_count():
+    _, feature = watched([(3, 0, 0), (9, 0, 1), (20, 0, 2)], items=40)
+    near = "uses nearby, decayed over 16,384"
+    assert feature(near, 5) == pytest.approx(math.log2(1 + 8 * 2) / 4, rel=1e-3)
+    assert feature(near, 31) == pytest.approx(math.log2(1 + 8 * 1) / 4, rel=1e-3)
+    assert feature(near, 35) == 0
+
+
 def test_large_tables_share_columns(monkeypatch):
     import hstu_lab.cache_features as module
 

@@ -101,6 +101,16 @@ def test_traces_of_every_kind_lose_nothing(skew, drift, returning):
     assert played.hits[half].mean() > best_classic(played, half) - 0.01
 
 
+def test_a_span_is_learned_from_as_soon_as_it_is_over():
+    """Nothing is ever asked for twice: after three capacities the spans of 0.5, 1 and 2 are known to be empty, others not."""
+    network = Network.new()
+    before = network.weights[-BINS:].copy()
+    play(Trace("all new", np.arange(600)), 200, network=network)
+    after = network.weights[-BINS:]
+    assert (after[:3] < before[:3]).all()
+    assert (after[3:] == before[3:]).all()
+
+
 def test_small_and_empty_traces():
     assert len(play(Trace("none", np.array([], dtype=int)), 3).hits) == 0
     assert play(Trace("one", np.array([4])), 1).hits.tolist() == [False]

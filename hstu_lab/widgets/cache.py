@@ -113,7 +113,7 @@ def cache_dashboard(runs: Mapping[str, np.ndarray], milliseconds: Mapping[str, f
     return figure
 
 
-EXPLORED, EXPLORED_ROWS = 3000, 500
+EXPLORED, EXPLORED_ROWS = 1500, 300
 
 
 @functools.lru_cache(maxsize=256)
