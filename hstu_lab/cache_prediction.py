@@ -205,7 +205,8 @@ def _play(
     predicted = NUMBER_OF_POLICIES
     score, lead, lives = np.zeros((2, predicted + 1)), predicted, (half_life, LONG * half_life)
     fade = (math.exp2(-1.0 / lives[0]), math.exp2(-1.0 / lives[1]))
-    margin = (0.5 / math.sqrt(lives[0]), 0.25 / math.sqrt(lives[1]))
+    # Hits come in runs (the phases of a loop), so their short mean swings more than that of independent draws.
+    margin = (2.0 / math.sqrt(lives[0]), 0.25 / math.sqrt(lives[1]))
     for t in range(len(items)):
         i, u, now = items[t], users[t], times[t]
         end = SHORTEST * capacity

@@ -84,6 +84,12 @@ def test_where_prediction_does_not_help_the_cache_follows_a_classic_policy_and_s
     assert "where it did not help the cache followed" in played.report()
 
 
+def test_on_a_loop_the_cache_does_not_fall_between_two_equally_good_policies():
+    played = play(Trace("loop", np.arange(16_000) % 400), 200, rehearsed=0)
+    half = played.second_half
+    assert played.hits[half].mean() > best_classic(played, half) - 0.01
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_new_catalogue_half_way(seed):
     trace = synthetic_trace(50_000, 800, skew=0.9, shift=0.5, returning=0.2, seed=seed)
