@@ -44,7 +44,8 @@ def _settings(options: argparse.Namespace):
     from hstu_lab.settings import configure_logging, load_settings
 
     names = (
-        "events", "checkpoint", "task", "strategy", "ops", "precision", "workspace_mb", "batch_size", "log_level", "log_file"
+        "events", "checkpoint", "task", "strategy", "ops", "precision", "workspace_mb", "batch_size",
+        "hot_cache_rows", "log_level", "log_file",
     )  # fmt: skip
     settings = load_settings(options.config, **{name: getattr(options, name, None) for name in names})
     configure_logging(settings.log_level, settings.log_file)

@@ -18,6 +18,10 @@ import signal
 import socket
 import sys
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hstu_lab.hot_cache import CacheStats
 
 log = logging.getLogger(__name__)
 
@@ -295,6 +299,7 @@ class Worker:
                 lines.append(f"hstu_stage_milliseconds_sum{{{labels}}} {seen['count'] * seen['mean']:.6g}")
                 lines.append(f"hstu_stage_milliseconds_count{{{labels}}} {seen['count']}")
         lines += _batch_lines(self.recommender.batch_sizes())
+        lines += _cache_lines(self.recommender.hot_cache())
         own = [line for line in generate_latest().decode().splitlines() if "vllm:" in line]
         return {"text": "\n".join([*lines, *own]) + "\n"}
 
@@ -310,6 +315,16 @@ def _batch_lines(sizes: dict[tuple[str, str, str], dict[int, int]]) -> list[str]
         lines.append(f'hstu_batch_requests_bucket{{{labels},le="+Inf"}} {total}')
         lines.append(f"hstu_batch_requests_sum{{{labels}}} {sum(size * count for size, count in counts.items())}")
         lines.append(f"hstu_batch_requests_count{{{labels}}} {total}")
+    return lines
+
+
+def _cache_lines(caches: dict[str, CacheStats]) -> list[str]:
+    """Prometheus counters of the hot caches (`Recommender.hot_cache`), labelled by table."""
+    lines = []
+    for name, kind in (("lookups", "counter"), ("misses", "counter"), ("bytes_moved", "counter"), ("resident", "gauge")):
+        metric = f"hstu_hot_cache_{name}" + "_total" * (kind == "counter")
+        lines += [f"# TYPE {metric} {kind}"] if caches else []
+        lines += [f'{metric}{{table="{table}"}} {getattr(stats, name)}' for table, stats in caches.items()]
     return lines
 
 

@@ -444,8 +444,18 @@ class CachedRows:
         }
         self.resident = {name: weight.detach().to(device) for name, weight in weights.items() if name not in self.caches}
 
+    def weight(self, table: str) -> Tensor:
+        """The whole table (rows, D) on the device. Raises CacheError for one that is behind a cache."""
+        if table in self.caches:
+            raise CacheError(f"table {table} is behind a hot cache: ask for rows of it, or leave it out of `capacity`")
+        return self.resident[table]
+
     def rows(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
         """Rows (number of values of that key, D) of every key of `features`; misses of all tables travel at the same time."""
         asked = {name: features[name].values() for name in features.keys()}  # noqa: SIM118, a KeyedJaggedTensor is no dict
         under_way = {name: self.caches[name].lookup(ids) for name, ids in asked.items() if name in self.caches}
         return {name: under_way[name].wait() if name in under_way else self.resident[name][ids] for name, ids in asked.items()}
+
+    def stats(self) -> dict[str, CacheStats]:
+        """Counters of every cache by its table; waits for what is under way."""
+        return {name: cache.stats() for name, cache in self.caches.items()}

@@ -85,8 +85,14 @@ def _serving_options() -> argparse.ArgumentParser:
     serving.add_argument(
         "--batch-size", type=_positive, metavar="N", help="most users that one engine call answers together (default: 64)"
     )
+    _hot_cache_option(serving)
     serving.add_argument("--reject-file", metavar="FILE", help="where bad rows go (mode batch: beside the events; else nowhere)")
     return serving
+
+
+def _hot_cache_option(command: argparse.ArgumentParser) -> None:
+    about = "rows of each table of side features and users kept on the device, the rest in host memory (default: whole tables)"
+    command.add_argument("--hot-cache-rows", type=_positive, metavar="N", help=about)
 
 
 def _serve_options(serve: argparse.ArgumentParser) -> None:
@@ -95,6 +101,7 @@ def _serve_options(serve: argparse.ArgumentParser) -> None:
     serve.add_argument(
         "--ops", choices=OPS, help="operators of the PyTorch and vLLM stages (default: reference; the others want a GPU)"
     )
+    _hot_cache_option(serve)
     serve.add_argument("--host", default="127.0.0.1", help="another than loopback needs a token (default: 127.0.0.1)")
     serve.add_argument("--port", type=_port, default=8000, metavar="N", help="0 takes a free one (default: 8000)")
     serve.add_argument("--token-file", metavar="FILE", help="file with the bearer token (default: HSTU_LAB_TOKEN, where set)")
@@ -192,6 +199,8 @@ def refuse_idle_flags(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"--precision {options.precision}: no stage of strategy {strategy} has it; use onnx, unified or tensorrt"
         )
+    if strategy == "vllm" and given("hot_cache_rows"):
+        raise ConfigError("--hot-cache-rows: strategy vllm keeps whole tables; use eager, onnx, tensorrt or unified")
     if getattr(options, "to", None) == "onnx":
         for name in ("target", "workspace_mb", "batch_size"):
             if given(name):

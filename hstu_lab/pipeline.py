@@ -29,6 +29,7 @@ from hstu_lab import ops as operators
 from hstu_lab.batching import Batcher
 from hstu_lab.config import ACTIONS, TASKS, ModelConfig
 from hstu_lab.events import MOVIELENS, Catalog, History
+from hstu_lab.hot_cache import CachedRows, CacheStats
 from hstu_lab.measure import data_root
 from hstu_lab.model import CheckpointError, load_checkpoint
 from hstu_lab.settings import STRATEGIES, TASK_NAMES, Settings
@@ -153,7 +154,10 @@ class Recommender:
             torch.set_num_threads(self.settings.threads)
         self._loaded = self._stamp()
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = load_checkpoint(self.checkpoint, ops=operators.get(self.settings.ops), device=device)
+        cached = self.settings.hot_cache_rows
+        self.model = load_checkpoint(self.checkpoint, operators.get(self.settings.ops), "cpu" if cached else device)
+        if cached:
+            self._cache_rows(device)
         self.catalog = Catalog.load(self.checkpoint / "catalog.json")
         if len(self.catalog.ids) != self.config.num_items:
             raise CheckpointError(
@@ -172,6 +176,20 @@ class Recommender:
     @property
     def config(self) -> ModelConfig:
         return self.model.config
+
+    def _cache_rows(self, device: str) -> None:
+        """Leave tables of side features and users in host memory, behind hot caches; the rest of the model goes to `device`."""
+        tables, rows = self.model.tables, self.settings.hot_cache_rows
+        weights = {name: tables.store.weight(name) for name, _ in self.config.tables}
+        del tables.store  # a module's place, which takes nothing but modules
+        capacity = {name: rows for name in weights if name != "item"}
+        tables.store = CachedRows(weights, capacity, device, policy=self.settings.hot_cache_policy)
+        self.model.to(device)
+
+    def hot_cache(self) -> dict[str, CacheStats]:
+        """Counters of the hot caches by table; empty where `settings.hot_cache_rows` is 0 or holds every table whole."""
+        store = self.model.tables.store
+        return store.stats() if isinstance(store, CachedRows) else {}
 
     # ---- answers
 

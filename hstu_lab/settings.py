@@ -36,6 +36,13 @@ class Settings(BaseSettings):
     """Operators of the PyTorch and vLLM stages."""
     precision: Literal[PRECISIONS] = "fp32"
     """Of the ONNX Runtime and TensorRT stages; fp16 and int8 may reorder items whose scores are close."""
+    hot_cache_rows: int = Field(0, ge=0)
+    """Rows of each table of side features and users that the device keeps, the rest in host memory; 0 keeps whole tables there.
+
+    For every stage that reads tables in PyTorch: all of eager, onnx and tensorrt, encoder and ranking of unified.
+    """
+    hot_cache_policy: Literal["lru", "lfu"] = "lru"
+    """Which rows of such a table go first."""
     workspace_mb: int = Field(1024, ge=1)
     """GPU memory that one TensorRT engine may use while it runs, MiB."""
     batch_size: int = Field(64, ge=1, le=4096)

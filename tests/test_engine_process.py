@@ -6,8 +6,10 @@ import signal
 import time
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from hstu_lab.engine_process import EngineProcess, EngineRefused, EngineUnavailable
+from hstu_lab.engine_process import EngineProcess, EngineRefused, EngineUnavailable, _cache_lines
+from hstu_lab.hot_cache import CacheStats
 
 BODY = {"user": "u1", "task": "topk", "items": ["i1", "i2"], "actions": [1, 2], "timestamps": [10, 20]}
 
@@ -64,3 +66,16 @@ def test_one_that_hangs_is_killed_and_one_that_answers_is_closed(tiny_checkpoint
     first, second = asyncio.run(run())
     assert first != second
     assert gone(second)
+
+
+def test_hot_caches_are_told_as_prometheus_counters():
+    stats = CacheStats(lookups=40, prefetched=0, misses=10, inserted=9, resident=8, capacity=8, bytes_moved=1280, gpu_bytes=2000)
+    assert _cache_lines({}) == []
+    lines = _cache_lines({"user": stats, "store": stats})
+    families = {f.name: f for f in text_string_to_metric_families("\n".join(lines) + "\n")}
+    told = {name: {s.labels["table"]: s.value for s in family.samples} for name, family in families.items()}
+    assert told == {
+        "hstu_hot_cache_lookups": {"user": 40, "store": 40}, "hstu_hot_cache_misses": {"user": 10, "store": 10},
+        "hstu_hot_cache_bytes_moved": {"user": 1280, "store": 1280}, "hstu_hot_cache_resident": {"user": 8, "store": 8},
+    }  # fmt: skip
+    assert families["hstu_hot_cache_resident"].type == "gauge"

@@ -285,6 +285,27 @@ def test_a_batch_ranked_in_parts_has_the_scores_of_the_whole(recommender, histor
     torch.testing.assert_close(runner.rank(batch, candidates, StageTimer()), whole, atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("task", TASK_NAMES)
+@pytest.mark.parametrize("strategy", ["eager", "onnx", "unified"])
+def test_tables_behind_a_hot_cache_give_the_same_answers(recommender, tiny_checkpoint, histories, strategy, task):
+    some = histories[1:60:4]
+    truth = recommender.recommend_batch(some, strategy=strategy, task=task)
+    with Recommender(tiny_checkpoint, settings=Settings(hot_cache_rows=3, hot_cache_policy="lfu")) as cached:
+        answers = cached.recommend_batch(some, strategy=strategy, task=task)
+        for _ in range(4):
+            again = cached.recommend(some[0], strategy=strategy, task=task)
+            assert [i.row for i in again.items] == [i.row for i in truth[0].items]
+        stats = cached.hot_cache()
+    assert [a.items for a in answers] == [a.items for a in truth]
+    sizes = {name: rows for name, rows in recommender.config.tables if name != "item" and rows > 3}
+    assert set(stats) == set(sizes), "the item table stays whole: logits read all of it"
+    for table, seen in stats.items():
+        assert seen.resident <= seen.capacity == 3 < sizes[table]
+        assert seen.misses > 0, table
+    assert stats["user"].misses < stats["user"].lookups, "who comes again is found"
+    assert recommender.hot_cache() == {}
+
+
 def test_joined_batches_come_apart_again():
     parts = [Batch([[5, 6], [7]], [[5], []]), Batch([[8]], [[8]])]
     joined = Batch.join(parts)
