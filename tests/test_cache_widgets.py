@@ -31,8 +31,8 @@ def test_the_cache_explorer_answers_every_control():
         assert bytes(explorer.image.value) not in seen, control
         seen.add(bytes(explorer.image.value))
     explorer.controls["policy"].value = "counts"
-    trace = synthetic_trace(1500, 300, skew=1.2, drift=2.0, seed=1)
-    assert f"{simulate('counts', trace.items, 60, 300)[750:].mean():.1%} hits" in explorer.label.value
+    trace = synthetic_trace(1200, 250, skew=1.2, drift=2.0, seed=1)
+    assert f"{simulate('counts', trace.items, 50, 250)[600:].mean():.1%} hits" in explorer.label.value
 
 
 def test_the_trace_explorer_moves():

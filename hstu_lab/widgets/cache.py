@@ -100,7 +100,9 @@ def cache_dashboard(runs: Mapping[str, np.ndarray], milliseconds: Mapping[str, f
     """Hit ratio over time, modelled time of a request's rows and GPU memory, side by side."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(10, 3)
-        left, middle, right = figure.subplots(1, 3, width_ratios=(3, 2, 2))
+        figure.set_layout_engine("none")  # finding the margins takes a third of the time, and a widget draws this anew each time
+        margins = {"left": 0.06, "right": 0.985, "bottom": 0.17, "top": 0.9, "wspace": 0.46}
+        left, middle, right = figure.subplots(1, 3, width_ratios=(3, 2, 2), gridspec_kw=margins)
         for name, hits in runs.items():
             left.plot(np.linspace(0, 100, WINDOWS), over_time(hits), color=POLICY_COLOURS[name], label=NAMES[name])
         left.set(xlabel="% of the trace", ylabel="hit ratio", title="Hits over time", ylim=(0, 1))
@@ -113,7 +115,7 @@ def cache_dashboard(runs: Mapping[str, np.ndarray], milliseconds: Mapping[str, f
     return figure
 
 
-EXPLORED, EXPLORED_ROWS = 1500, 300
+EXPLORED, EXPLORED_ROWS = 1200, 250
 
 
 @functools.lru_cache(maxsize=256)
