@@ -34,7 +34,7 @@ def test_the_steps_of_the_cliff_are_the_engines_lengths():
     assert [list(line.get_xdata()) for line in steps] == [[0, 256], [256, 1024]]
     assert steps[1].get_ydata()[0] == pytest.approx(engines.stack_ms(preset("gr-3b"), 1, 1024, A100))
     labels = {text.get_text() for text in axes.get_legend().get_texts()}
-    assert labels == {"its own length", "padded to the engine's length", "recorded engines", "refused"}
+    assert labels == {"its own length", "padded to the engine's length", "recorded engines", "refused", "this history"}
     assert "(modelled)" in axes.get_title(loc="left")
     assert figure.png() == widgets.profile_cliff((256, 1024), 300, 1, A100, {256: 0.4, 1024: 1.5}, "recorded on a test").png()
 
