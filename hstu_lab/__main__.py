@@ -8,6 +8,7 @@ import os
 import pathlib
 import sys
 
+from hstu_lab.config import is_ours
 from hstu_lab.options import parser, refuse_idle_flags
 
 # Before torch is imported: its C++ side reports how it bound memory.
@@ -29,15 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        if not _is_ours(error) and not isinstance(error, OSError):
+        if not is_ours(error) and not isinstance(error, OSError):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-def _is_ours(error: Exception) -> bool:
-    """The package's own errors carry a remedy; anything else is a defect and keeps its traceback."""
-    return type(error).__module__.startswith("hstu_lab")
 
 
 def _settings(options: argparse.Namespace):
@@ -170,6 +166,7 @@ def _measure(recommender, histories, settings, options: argparse.Namespace) -> i
 
 
 def _serve(options: argparse.Namespace) -> int:
+    refuse_idle_flags(options)
     settings = _settings(options)
     from hstu_lab.environment import doctor
     from hstu_lab.server import ServerError, ServerOptions, serve

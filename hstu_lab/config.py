@@ -20,6 +20,11 @@ COUNTS = (
 )  # fmt: skip
 
 
+def is_ours(error: Exception) -> bool:
+    """The package's own errors carry a remedy; anything else is a defect and keeps its traceback."""
+    return type(error).__module__.startswith("hstu_lab")
+
+
 class ConfigError(ValueError):
     """A configuration value that cannot work; the message names the field and the remedy."""
 

@@ -20,6 +20,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from hstu_lab.config import is_ours
+
 if TYPE_CHECKING:
     from hstu_lab.hot_cache import CacheStats
 
@@ -386,7 +388,7 @@ def main(fd: int) -> int:
     try:
         asyncio.run(serve_child(fd))
     except Exception as error:
-        if not type(error).__module__.startswith("hstu_lab"):  # else the parent has been told, and logs it with its remedy
+        if not is_ours(error):  # else the parent has been told, and logs it with its remedy
             log.exception("engine process")
         return 1
     return 0

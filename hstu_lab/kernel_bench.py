@@ -507,11 +507,8 @@ def run_parts(parts: dict[str, tuple[str, Callable]], command: str, out: pathlib
 
 def _begun(fresh: measure.Record, out: pathlib.Path | None) -> measure.Record | None:
     """The record that an earlier run of the same source left on this device, if any."""
-    try:
-        found = measure.read_record(fresh.name, fresh.device, out)
-    except measure.MeasureError:
-        return None
-    return found if found.data.get("source") == fresh.data["source"] else None
+    found = measure.earlier(fresh, out)
+    return found if found and found.data.get("source") == fresh.data["source"] else None
 
 
 def parts_parser(about: str, parts: Iterable[str]) -> argparse.ArgumentParser:

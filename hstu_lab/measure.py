@@ -332,6 +332,14 @@ def read_record(name: str, device: str | None = None, root: Path | str | None = 
     return _load(path, command)
 
 
+def earlier(record: Record, root: Path | str | None = None) -> Record | None:
+    """What an earlier run left there under the name and device of `record`; None where nothing readable is."""
+    try:
+        return read_record(record.name, record.device, root)
+    except MeasureError:
+        return None
+
+
 def _load(path: Path, command: str = "") -> Record:
     remedy = f"make it again with: {command}" if command else "restore the file or measure again"
     try:

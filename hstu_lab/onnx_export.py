@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hstu_lab import onnx_precision
-from hstu_lab.config import ModelConfig
+from hstu_lab.config import PRECISIONS, ModelConfig
 from hstu_lab.measure import data_root
 from hstu_lab.model import HSTU, load_checkpoint, load_config
 from hstu_lab.onnx_models import INPUTS, OUTPUTS, SCHEMA_VERSION, OnnxError, OnnxModels, load_session
 from hstu_lab.onnx_parts import RankerPart, StackPart
-from hstu_lab.onnx_precision import MASKED, PRECISIONS
+from hstu_lab.onnx_precision import MASKED
 from hstu_lab.ops import reference
 from hstu_lab.tokens import encode_history, unpack
 

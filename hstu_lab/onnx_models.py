@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hstu_lab.config import ConfigError, ModelConfig
-from hstu_lab.onnx_precision import MASKED, PRECISIONS
+from hstu_lab.config import PRECISIONS, ConfigError, ModelConfig
+from hstu_lab.onnx_precision import MASKED
 
 SCHEMA_VERSION = 3
 """Version of the files' inputs, outputs and metadata."""

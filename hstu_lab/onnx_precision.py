@@ -14,8 +14,6 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from hstu_lab.config import PRECISIONS as PRECISIONS
-
 LEVELS = 127
 """Largest int8 value; -128 is not used, so that the scale is symmetric."""
 MASKED = -(2.0**15)

@@ -78,19 +78,19 @@ def _serving_options() -> argparse.ArgumentParser:
     serving.add_argument(
         "--strategy", choices=("auto", *STRATEGIES), help="which engine does which stage (default: auto, which says why)"
     )
-    serving.add_argument(
-        "--ops", choices=OPS, help="operators of the PyTorch and vLLM stages (default: reference; the others want a GPU)"
-    )
     serving.add_argument("--precision", choices=PRECISIONS, help="of the ONNX Runtime and TensorRT stages (default: fp32)")
     serving.add_argument(
         "--batch-size", type=_positive, metavar="N", help="most users that one engine call answers together (default: 64)"
     )
-    _hot_cache_option(serving)
+    _engine_options(serving)
     serving.add_argument("--reject-file", metavar="FILE", help="where bad rows go (mode batch: beside the events; else nowhere)")
     return serving
 
 
-def _hot_cache_option(command: argparse.ArgumentParser) -> None:
+def _engine_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--ops", choices=OPS, help="operators of the PyTorch and vLLM stages (default: reference; the others want a GPU)"
+    )
     about = "rows of each table of side features and users kept on the device, the rest in host memory (default: whole tables)"
     command.add_argument("--hot-cache-rows", type=_positive, metavar="N", help=about)
 
@@ -98,10 +98,7 @@ def _hot_cache_option(command: argparse.ArgumentParser) -> None:
 def _serve_options(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--checkpoint", metavar="FOLDER", help="default: the shipped one")
     serve.add_argument("--strategy", choices=("auto", *STRATEGIES), help="default: auto, which is vllm if it is here")
-    serve.add_argument(
-        "--ops", choices=OPS, help="operators of the PyTorch and vLLM stages (default: reference; the others want a GPU)"
-    )
-    _hot_cache_option(serve)
+    _engine_options(serve)
     serve.add_argument("--host", default="127.0.0.1", help="another than loopback needs a token (default: 127.0.0.1)")
     serve.add_argument("--port", type=_port, default=8000, metavar="N", help="0 takes a free one (default: 8000)")
     serve.add_argument("--token-file", metavar="FILE", help="file with the bearer token (default: HSTU_LAB_TOKEN, where set)")

@@ -29,6 +29,7 @@ from starlette.exceptions import HTTPException
 from hstu_lab.config import ACTIONS
 from hstu_lab.engine_process import EngineProcess, EngineRefused, EngineUnavailable
 from hstu_lab.events import CLOCK_SKEW, EVENT_ACTIONS, LONGEST_DWELL, LONGEST_ID
+from hstu_lab.settings import TASK_NAMES
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class RecommendIn(Strict):
 
     user: Id
     events: Annotated[list[EventIn], Field(max_length=MOST_EVENTS)] = []
-    task: Literal["topk", "slate"] = "topk"
+    task: Literal[TASK_NAMES] = "topk"
     deadline_ms: Deadline | None = None
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ import contextlib
 import cProfile
 import dataclasses
 import datetime
+import functools
 import io
 import itertools
 import multiprocessing
@@ -23,7 +24,6 @@ import pstats
 import re
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -34,7 +34,7 @@ from hstu_lab.candidate_bench import stack_process
 from hstu_lab.measure import Measurement, Record
 from hstu_lab.vllm_engine import Engine, EngineOptions
 from hstu_lab.vllm_load import TASKS, Cell, random_checkpoint, random_histories, seconds_of, serving_config
-from hstu_lab.vllm_replicas import Replicas, keep, load, resumed
+from hstu_lab.vllm_replicas import Replicas, keep, load, resumed, run_parts
 
 HISTORIES = (128, 256, 512, 1024)
 OPTIONS = EngineOptions(
@@ -251,7 +251,7 @@ class Bench:
         self.telling_cells = [Cell(task, history, warm) for task, history in wanted for warm in (0.0, 0.9)]
         every = [Cell(task, history, warm) for history in histories for task in TASKS for warm in (0.0, 0.9)]
         self.others = [cell for cell in every if cell not in self.telling_cells]
-        self.start, self.pipe = time.time(), None
+        self.start, self.pipe = time.monotonic(), None
         if "candidates" in only and options.ops == "triton":
             context = multiprocessing.get_context("spawn")
             self.pipe, theirs = context.Pipe()
@@ -260,7 +260,6 @@ class Bench:
 
     def run(self) -> list[str]:
         """Every part of `only`, whatever becomes of the others; the parts that failed."""
-        failed = []
         self.group.start()
         self.loads.data["replicas"] = len(self.group.members)
         if self.pipe is not None and not self.pipe.poll(120):  # nothing compiles while steps are timed
@@ -268,23 +267,21 @@ class Bench:
             self.pipe = None
         for record in self.records.values():
             record.data.setdefault("parts", {}).update(dict.fromkeys(self.only, "not reached"))
-        for part in (part for part in PARTS if part in self.only):
-            print(f"--- {part}, {time.time() - self.start:.0f} s after the start", flush=True)
-            try:
-                self.group.members  # noqa: B018 - raises where none is left
-                getattr(self, part)()
-                said = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            except Exception as error:
-                traceback.print_exc()
-                failed.append(part)
-                said = f"failed: {error}"
-            for record in self.records.values():
-                record.data["parts"][part] = said
-                if record.measurements or "table" in record.data:
-                    measure.write_record(record, self.out)
+        parts = {part: functools.partial(self._run, part) for part in PARTS if part in self.only}
+        failed = run_parts(parts, self.start, self._note)
         self.group.close()
-        print(f"--- done, {time.time() - self.start:.0f} s after the start; failed: {', '.join(failed) or 'none'}", flush=True)
         return failed
+
+    def _run(self, part: str) -> None:
+        self.group.members  # noqa: B018 - raises where none is left
+        getattr(self, part)()
+
+    def _note(self, part: str, error: Exception | None) -> None:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        for record in self.records.values():
+            record.data["parts"][part] = f"failed: {error}" if error else now
+            if record.measurements or "table" in record.data:
+                measure.write_record(record, self.out)
 
     def _load(self, key: str, cells: Sequence[Cell], seconds: float, group: Replicas | None = None, half: bool = False) -> None:
         load(self.loads, group or self.group, key, cells, seconds, self.out, half)

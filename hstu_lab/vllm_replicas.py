@@ -16,7 +16,7 @@ import pathlib
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -264,11 +264,30 @@ class Replicas:
 
 def resumed(record: Record, out: pathlib.Path | None) -> Record:
     """`record` with what one of that name in `out` holds, if it is of the same device and versions; for a run of some parts."""
-    with contextlib.suppress(measure.MeasureError):
-        old = measure.read_record(record.name, record.device, out)
-        if old.versions == record.versions:
-            return dataclasses.replace(record, measurements=old.measurements, data=old.data)
-    return record
+    old = measure.earlier(record, out)
+    if old is None or old.versions != record.versions:
+        return record
+    return dataclasses.replace(record, measurements=old.measurements, data=old.data)
+
+
+def run_parts(parts: Mapping[str, Callable[[], None]], since: float, after: Callable[[str, Exception | None], None]) -> list[str]:
+    """Run every part, whatever becomes of the others; those that failed. `since` (time.monotonic) is when the program started.
+
+    `after` is told of each part when it is over, with what ended it before its time.
+    """
+    failed = []
+    for part, run in parts.items():
+        print(f"--- {part}, {time.monotonic() - since:.0f} s after the start", flush=True)
+        wrong = None
+        try:
+            run()
+        except Exception as error:
+            traceback.print_exc()
+            failed.append(part)
+            wrong = error
+        after(part, wrong)
+    print(f"--- done, {time.monotonic() - since:.0f} s after the start; failed: {', '.join(failed) or 'none'}", flush=True)
+    return failed
 
 
 def keep(record: Record, measurements: Sequence[measure.Measurement]) -> None:

@@ -30,7 +30,7 @@ from hstu_lab.model import load_config
 from hstu_lab.vllm_bench import OPTIONS
 from hstu_lab.vllm_engine import ENVIRONMENT, EngineOptions, engine_arguments, loop_sizes
 from hstu_lab.vllm_load import TASKS, Cell, Users, random_checkpoint, random_histories, serving_config
-from hstu_lab.vllm_replicas import Replicas, keep, replica, resumed
+from hstu_lab.vllm_replicas import Replicas, keep, replica, resumed, run_parts
 
 PARTS = ("answers", "tensor", "data", "replicas")
 """In this order: equal lists; steps and rate of tensor parallelism; rate of data parallelism; rate of independent engines."""
@@ -161,25 +161,14 @@ class TwoGpus:
 
     def run(self) -> list[str]:
         """Every part of `only`; those that failed."""
-        failed = []
         try:
-            for part in (part for part in PARTS if part in self.only):
-                print(f"--- {part}, {time.monotonic() - self.start:.0f} s after the start", flush=True)
-                said = "measured"
-                try:
-                    getattr(self, part)()
-                except Exception as error:
-                    traceback.print_exc()
-                    failed.append(part)
-                    said = f"failed: {error}"
-                self.record.data["parts"][part] = said
-                measure.write_record(self.record, self.out)
+            return run_parts({part: getattr(self, part) for part in PARTS if part in self.only}, self.start, self._note)
         finally:
             self._close()
-        print(
-            f"--- done, {time.monotonic() - self.start:.0f} s after the start; failed: {', '.join(failed) or 'none'}", flush=True
-        )
-        return failed
+
+    def _note(self, part: str, error: Exception | None) -> None:
+        self.record.data["parts"][part] = f"failed: {error}" if error else "measured"
+        measure.write_record(self.record, self.out)
 
     def _close(self) -> None:
         for each in self.ways.values():

@@ -76,8 +76,8 @@ def tiny_checkpoint(tmp_path_factory, tiny_model, tiny_world):
 @pytest.fixture(scope="session")
 def small_onnx(tmp_path_factory):
     """precision -> folder of the shipped checkpoint's ONNX parts; int8 is calibrated with the sample log."""
+    from hstu_lab.config import PRECISIONS
     from hstu_lab.onnx_export import export_cached
-    from hstu_lab.onnx_precision import PRECISIONS
     from hstu_lab.pipeline import SHIPPED_CHECKPOINT
 
     root = tmp_path_factory.mktemp("small-onnx")

@@ -251,15 +251,16 @@ def test_what_it_refuses():
     assert np.isnan(HotCache(table, 10).stats().hit_ratio)
 
 
-def test_the_model_gives_the_same_on_cached_rows(tiny_model, tiny_world):
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_the_model_gives_the_same_on_cached_rows(tiny_model, tiny_world, device):
     from hstu_lab.model import HSTU
     from hstu_lab.tables import Tables
 
     weights = {name: tiny_model.tables.store.weight(name) for name, _ in tiny_model.config.tables}
     capacity = {name: max(1, len(weight) // 4) for name, weight in weights.items() if name != "item"}
-    store = CachedRows(weights, capacity)
+    store = CachedRows(weights, capacity, device)
     assert set(store.caches) == set(capacity)
-    cached = Tables(tiny_model.config, store=store)
+    cached = Tables(tiny_model.config, store=store, device=device)
     cached.item_features.copy_(tiny_model.tables.item_features)
     generator = torch.Generator().manual_seed(0)
     assert HSTU is type(tiny_model)
@@ -268,4 +269,5 @@ def test_the_model_gives_the_same_on_cached_rows(tiny_model, tiny_world):
         lengths = torch.tensor([4, 0, 9])
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         tokens = torch.randint(1, config.num_items, (int(offsets[-1]),), generator=generator)
-        assert torch.equal(cached(tokens, offsets), tiny_model.tables(tokens, offsets))
+        with torch.inference_mode():
+            assert torch.equal(cached(tokens.to(device), offsets.to(device)).cpu(), tiny_model.tables(tokens, offsets))
