@@ -113,6 +113,7 @@ def _read(path, catalog, options: argparse.Namespace):
 
 def _batch(recommender, histories, options: argparse.Namespace) -> int:
     """One JSON line a user; a user that cannot be served is reported on stderr and the others are."""
+    from hstu_lab.event_log import printable
     from hstu_lab.pipeline import RequestError
 
     good, failed = [], 0
@@ -129,7 +130,7 @@ def _batch(recommender, histories, options: argparse.Namespace) -> int:
         if options.json:
             print(json.dumps(answer.to_dict()))
         else:
-            print(f"{answer.user}: " + ", ".join(item.title for item in answer.items))
+            print(printable(f"{answer.user}: " + ", ".join(item.title for item in answer.items)))
     print(f"{len(answers)} users served, {failed} not", file=sys.stderr)
     if not options.json and answers:
         print("\n" + recommender.telemetry.table())

@@ -137,7 +137,8 @@ def _train_options(train: argparse.ArgumentParser) -> None:
     )
     train.add_argument("--steps", type=_positive, metavar="N", help="stop after so many steps")
     train.add_argument("--out", metavar="FOLDER", help="default: data/checkpoints/local/PRESET")
-    train.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, batches and the synthetic log (default: 0)")
+    about = "of weights, batches and the synthetic log (default: 0)"
+    train.add_argument("--seed", type=_seed, default=0, metavar="N", help=about)
     train.add_argument("--resume", action="store_true", help="go on where the training in --out stopped")
     train.add_argument("--reject-file", metavar="FILE", help="where bad rows of --events go (default: nowhere)")
 
@@ -159,6 +160,12 @@ def _export_options(export: argparse.ArgumentParser) -> None:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 to 2^63 - 1")
     return int(text)
 
 

@@ -24,7 +24,7 @@ FILE_NAME = "hstu_lab.toml"
 class Settings(BaseSettings):
     """Later sources win: defaults, `hstu_lab.toml` in the working folder (or `--config FILE`), environment, flags."""
 
-    model_config = SettingsConfigDict(env_prefix="HSTU_LAB_", extra="forbid", toml_file=FILE_NAME)
+    model_config = SettingsConfigDict(env_prefix="HSTU_LAB_", env_ignore_empty=True, extra="forbid", toml_file=FILE_NAME)
 
     checkpoint: pathlib.Path | None = None
     """Checkpoint folder; None picks one that was trained on the world that the events come from."""
@@ -86,7 +86,7 @@ def load_settings(config_file: str | pathlib.Path | None = None, **flags) -> Set
 
     try:
         return FromFile(**given)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML ({error}); see `python -m hstu_lab recommend --help` for the fields") from error
     except ValidationError as error:
         first = error.errors()[0]

@@ -145,6 +145,17 @@ def test_a_long_history_is_cut_and_said(run, tmp_path, tiny_world):
     assert "oldest events left out" in out
 
 
+@pytest.mark.parametrize("mode", ["single", "batch"])
+def test_an_identifier_of_any_characters_neither_breaks_a_line_nor_steers_the_terminal(run, tmp_path, mode):
+    path = tmp_path / "log.jsonl"
+    path.write_text(_row(user="ü\n\x1b[31m\u2028") + "\n")
+    status, out, _ = run("--events", path, "--mode", mode)
+    assert status == 0
+    assert r"ü\n\x1b[31m\u2028" in out
+    assert "\x1b" not in out
+    assert len(run("--events", path, "--mode", mode, "--json")[1].strip().split("\n")) == 1
+
+
 def test_a_user_who_is_not_there(run, events):
     status, _, err = run("--events", events, "--user", "nobody")
     assert status == 2
@@ -175,6 +186,7 @@ def _break_weights(folder):
         (lambda f: (f / "catalog.json").write_text("[]"), "catalog.json"),
         (lambda f: (f / "catalog.json").unlink(), "catalog.json"),
         (lambda f: (f / "users.json").write_text("{}"), "users.json"),
+        (lambda f: (f / "users.json").write_text('["u1", "u1"]'), "different user ids"),
     ],
 )
 def test_a_broken_checkpoint(run, events, tiny_checkpoint, tmp_path, spoil, said):
@@ -198,6 +210,20 @@ def test_settings_are_checked_by_name(run, events, tmp_path, monkeypatch):
     assert status == 2
     assert "task" in err
     assert "tops" in err
+
+
+def test_settings_in_another_encoding_are_one_line(run, events, tmp_path):
+    config = tmp_path / "own.toml"
+    config.write_bytes("# größer\ntask = 'slate'\n".encode("latin-1"))
+    status, _, err = run("--events", events, "--config", config)
+    assert (status, len(err.strip().splitlines())) == (2, 1), err
+    assert f"{config}: not TOML" in err
+
+
+def test_a_variable_that_is_set_to_nothing_is_not_set(run, events, monkeypatch):
+    monkeypatch.setenv("HSTU_LAB_EVENTS", "")
+    monkeypatch.setenv("HSTU_LAB_BATCH_SIZE", "")
+    assert run("--events", events)[0] == 0
 
 
 def test_an_unknown_field_of_the_settings_is_named_with_the_known_ones(run, events, tmp_path):
@@ -234,6 +260,8 @@ def test_a_bad_strategy_names_the_variable_it_came_from_and_the_choices(events, 
         (["serve", "--token-file", "nowhere"], "--token-file nowhere"),
         (["load", "--seconds", "-1"], "--seconds: -1 is no number above 0"),
         (["train", "--minutes", "soon"], "--minutes: soon is no number above 0"),
+        (["train", "--seed", "-1"], "--seed: -1 is no whole number from 0"),
+        (["train", "--seed", str(2**63)], "is no whole number from 0 to 2^63 - 1"),
         (["nonsense"], "invalid choice: 'nonsense'"),
         ([], "COMMAND"),
     ],
