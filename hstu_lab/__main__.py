@@ -261,7 +261,8 @@ def _train(options: argparse.Namespace) -> int:
 
     config = preset(options.preset)
     if options.events == "synthetic":
-        log = events.World(config, seed=options.seed).generate(config.num_users - 1, seed=options.seed)
+        training.prove_room(config)  # a log for all users of a preset that is too large takes minutes
+        log = events.World(config, seed=options.seed).generate(seed=options.seed)
     else:
         log = _read(options.events, None, options)
     out = pathlib.Path(options.out) if options.out else CHECKPOINTS / "local" / options.preset

@@ -209,8 +209,7 @@ class Trainer:
     ):
         self.config, self.seed, self.lr = fit_config(config, log), seed, lr
         self.corpus = Corpus(log, self.config)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        _prove_room(self.config, self.device)
+        self.device = prove_room(self.config)
         self.batch_size = batch_size or BATCH_SIZE[self.device.type]
         torch.manual_seed(seed)
         self.model = HSTU(self.config)
@@ -345,8 +344,13 @@ def train(
     return result
 
 
-def _prove_room(config: ModelConfig, device: torch.device) -> None:
-    """Refused before the kernel ends the process without a word."""
+def prove_room(config: ModelConfig) -> torch.device:
+    """The device to train on: a GPU where there is one.
+
+    Raises TrainingError where its memory cannot hold the model and its optimizer, before the kernel ends the process without a
+    word.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
     room = torch.cuda.get_device_properties(device).total_memory if cuda else environment.memory_bytes()
     count = sum(group.count for group in parameter_groups(config))
@@ -356,6 +360,7 @@ def _prove_room(config: ModelConfig, device: torch.device) -> None:
             f"preset {config.preset}: to train its {count:,} parameters takes {needed / 2**30:,.1f} GiB of {device.type} memory "
             f"with gradients and moments, there are {room / 2**30:,.1f}: choose a smaller preset"
         )
+    return device
 
 
 def _prove_writable(out: pathlib.Path) -> None:

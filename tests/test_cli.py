@@ -145,6 +145,25 @@ def test_a_long_history_is_cut_and_said(run, tmp_path, tiny_world):
     assert "oldest events left out" in out
 
 
+def test_a_synthetic_log_for_presets_without_user_rows_and_beyond_this_machine(tmp_path, capsys, monkeypatch):
+    from hstu_lab import events as reader
+
+    class World(reader.World):
+        def generate(self, num_users=None, **more):
+            assert self.config.preset == "ml-1m", "the log was made before the memory was looked at"
+            return super().generate(num_users or 12, **more)
+
+    monkeypatch.setattr(reader, "World", World)
+    assert main(["train", "--preset", "ml-1m", "--steps", "1", "--out", str(tmp_path / "run"), "--json"]) == 0
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    monkeypatch.setattr("hstu_lab.environment.memory_bytes", lambda: 16 << 30)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["train", "--preset", "gr-3b", "--steps", "1", "--out", str(tmp_path / "large")]) == 2
+    err = capsys.readouterr().err
+    assert err.strip().splitlines()[-1].startswith("error: preset gr-3b: to train its 3,202,198,531 parameters takes 47.7 GiB")
+    assert not (tmp_path / "large").exists()
+
+
 @pytest.mark.parametrize("mode", ["single", "batch"])
 def test_an_identifier_of_any_characters_neither_breaks_a_line_nor_steers_the_terminal(run, tmp_path, mode):
     path = tmp_path / "log.jsonl"
