@@ -97,8 +97,10 @@ class Measurement:
 
 def format_seconds(seconds: float) -> str:
     """Three significant digits in s, ms, us or ns."""
+    if seconds >= 999.5:
+        return f"{seconds:.0f} s"
     for unit, scale in (("s", 1), ("ms", 1e3), ("us", 1e6)):
-        if seconds * scale >= 1:
+        if seconds * scale >= 0.9995:  # what rounds to 1,000 is 1 of the next unit
             return f"{seconds * scale:.3g} {unit}"
     return f"{seconds * 1e9:.3g} ns"
 
