@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pathlib
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import zipfile
 
 import pytest
 
+from hstu_lab import settings
 from hstu_lab.__main__ import main
 from hstu_lab.event_log import EventsError
 from hstu_lab.events import write_events
@@ -243,6 +245,24 @@ def test_a_variable_that_is_set_to_nothing_is_not_set(run, events, monkeypatch):
     monkeypatch.setenv("HSTU_LAB_EVENTS", "")
     monkeypatch.setenv("HSTU_LAB_BATCH_SIZE", "")
     assert run("--events", events)[0] == 0
+
+
+def test_a_variable_that_no_setting_has_is_named(monkeypatch, caplog):
+    monkeypatch.setattr(settings.log.parent, "propagate", True)
+    monkeypatch.setenv("HSTU_LAB_TOKEN", "x")
+    settings.load_settings()
+    assert not caplog.messages
+    monkeypatch.setenv("HSTU_LAB_BATCHSIZE", "3")
+    settings.load_settings()
+    said = "HSTU_LAB_BATCHSIZE is set, but there is no such setting; unset it, or was batch_size meant?"
+    assert set(caplog.messages) == {said}
+
+
+def test_the_other_variables_are_those_that_the_package_reads():
+    sources = pathlib.Path(settings.__file__).parent.rglob("*.py")
+    read = {name for path in sources for name in re.findall(r"HSTU_LAB_([A-Z_]+)", path.read_text())}
+    assert read - {field.upper() for field in settings.Settings.model_fields} <= set(settings.OTHER_VARIABLES)
+    assert set(settings.OTHER_VARIABLES[:3]) <= read
 
 
 def test_an_unknown_field_of_the_settings_is_named_with_the_known_ones(run, events, tmp_path):
