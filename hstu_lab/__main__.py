@@ -265,7 +265,7 @@ def _train(options: argparse.Namespace) -> int:
         log = events.World(config, seed=options.seed).generate(seed=options.seed)
     else:
         log = _read(options.events, None, options)
-    out = pathlib.Path(options.out) if options.out else CHECKPOINTS / "local" / options.preset
+    out = pathlib.Path(options.out) if options.out else CHECKPOINTS / "local" / f"{options.preset}-{log.catalog.name}"
     minutes = options.minutes if options.minutes or options.steps else 5.0
     result = training.train(
         training.fit_config(config, log), log, out, minutes=minutes, steps=options.steps, seed=options.seed,

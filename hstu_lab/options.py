@@ -136,7 +136,7 @@ def _train_options(train: argparse.ArgumentParser) -> None:
         "--minutes", type=_above_zero, metavar="M", help="stop after so many minutes (default: 5, where --steps is not given)"
     )
     train.add_argument("--steps", type=_positive, metavar="N", help="stop after so many steps")
-    train.add_argument("--out", metavar="FOLDER", help="default: data/checkpoints/local/PRESET")
+    train.add_argument("--out", metavar="FOLDER", help="default: data/checkpoints/local/PRESET-LOG, which recommend finds")
     about = "of weights, batches and the synthetic log (default: 0)"
     train.add_argument("--seed", type=_seed, default=0, metavar="N", help=about)
     train.add_argument("--resume", action="store_true", help="go on where the training in --out stopped")

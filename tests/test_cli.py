@@ -388,6 +388,19 @@ def test_movielens_without_its_checkpoint_names_the_training_command(tmp_path, c
     assert "--preset ml-1m" in err
 
 
+def test_a_log_of_ones_own_is_trained_on_and_found_again_and_no_checkpoint_of_another_is_lost(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hstu_lab.pipeline.CHECKPOINTS", tmp_path / "checkpoints")
+    for name, items in (("mine", "abcd"), ("yours", "efghij")):
+        rows = [_row(user=user, item=item, timestamp=1000 * i) for user in ("ann", "bob") for i, item in enumerate(items[:-1])]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join([*rows, _row(user="cem", item=items[-1])]) + "\n")
+        assert main(["train", "--events", str(tmp_path / f"{name}.jsonl"), "--preset", "tiny", "--steps", "2", "--json"]) == 0
+    for name, left in (("mine", {"d"}), ("yours", {"j"})):
+        capsys.readouterr()
+        flags = ["--events", str(tmp_path / f"{name}.jsonl"), "--user", "ann", "--strategy", "eager", "--json"]
+        assert main(["recommend", *flags]) == 0
+        assert {item["item_id"] for item in json.loads(capsys.readouterr().out)["items"]} == left
+
+
 def test_defects_keep_their_traceback(monkeypatch, events, tiny_checkpoint):
     """Only the package's own errors become one line: a bug must not hide."""
     from hstu_lab.pipeline import Recommender
