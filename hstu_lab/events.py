@@ -77,7 +77,10 @@ REMEDIES = {
     "in the future": "give Unix seconds in UTC, or set this machine's clock",
     "in the future, looks like milliseconds": "divide by 1000: Unix seconds are wanted",
     "longer than ten years": "give seconds, not milliseconds",
-    "unknown item": "use an item of the catalog, or train a checkpoint on this file (`python -m hstu_lab train --events FILE`)",
+    "unknown item": (
+        "use an item of the catalog; a checkpoint knows the items of the log it was trained on, "
+        "`python -m hstu_lab train --events FILE` makes one for another"
+    ),
     "unknown user": "add the user to users.dat",
     "not UserID::MovieID::Rating::Timestamp": "restore the line from the official file",
     "not a rating from 1 to 5": "restore the line from the official file",

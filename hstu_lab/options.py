@@ -205,6 +205,8 @@ def refuse_idle_flags(options: argparse.Namespace) -> None:
         )
     if strategy == "vllm" and given("hot_cache_rows"):
         raise ConfigError("--hot-cache-rows: strategy vllm keeps whole tables; use eager, onnx, tensorrt or unified")
+    if given("to") and given("events") and options.precision != "int8":
+        raise ConfigError("--events is the log that int8 is calibrated with: add --precision int8, or leave it out")
     if getattr(options, "to", None) == "onnx":
         for name in ("target", "workspace_mb", "batch_size"):
             if given(name):
