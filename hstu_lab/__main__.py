@@ -197,8 +197,11 @@ def _load(options: argparse.Namespace) -> int:
 
     settings = _settings(options)
     from hstu_lab import events, load
+    from hstu_lab.measure import check_name
     from hstu_lab.pipeline import SAMPLE
 
+    if options.record:
+        check_name(options.record)
     log = events.read_events(settings.events or SAMPLE)
     sample = load.bodies(log, 2000, task=settings.task, deadline_ms=5000)
 
