@@ -76,17 +76,18 @@ def test_on_line_it_expects_what_it_expects_in_a_simulation(played, requests):
         watch.see(some, 0, second - 1)
 
 
-def test_the_real_cache_hits_more_by_what_is_expected_than_by_lru(requests):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_real_cache_hits_more_by_what_is_expected_than_by_lru(requests, device):
     half = len(requests.items) // 2
     network = play(requests.first(half), 60).network
 
     def hit_ratio(watch):
-        cache, asked = HotCache(torch.zeros(requests.num_items, 2), 60 + 12, spares=12), 0
+        cache, asked = HotCache(torch.zeros(requests.num_items, 2), 60 + 12, device, spares=12), 0
         for rows, user, second in requests_of(requests):
             if asked <= half:
                 before = cache.stats()
             asked += len(rows)
-            cache.rows(torch.from_numpy(rows))
+            cache.rows(torch.from_numpy(rows).to(device))
             if watch is not None:
                 watch.see(rows, user, second)
                 cache.prioritise(torch.from_numpy(watch.outlook()))
