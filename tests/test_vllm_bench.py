@@ -166,3 +166,57 @@ def test_the_clock_of_a_load_starts_after_the_first_wave(folder):
 def test_a_part_that_does_not_exist_is_refused(folder, tmp_path):
     with pytest.raises(SystemExit, match="there are step, telling"):
         bench(folder, tmp_path, ("steps",))
+
+
+def test_a_load_in_which_kernels_were_compiled_is_taken_again(tmp_path, capsys):
+    class Group:
+        answers = iter([{"linear": 2}, {}, {}])
+
+        def run(self, cell, seconds, rate):
+            compiled = next(self.answers)
+            row = {"requests": 5, "requests/s": 5.0, "p50 s": 0.1, "p99 s": 0.1, "cached": 0.0}
+            return row | ({"compiled": compiled} if compiled else {})
+
+    record = measure.Record.here("a_load", command="here")
+    vllm_replicas.load(record, Group(), "engines", [Cell("topk", 24, 0.0)], 0.1, tmp_path)
+    assert "taken again: linear compiled" in capsys.readouterr().out
+    assert "compiled" not in record.data["table"]["topk history=24 cold"]["engines"]
+    assert next(Group.answers) == {}, "a load without compilations is kept"
+
+
+def test_compilations_are_noted_by_name_and_only_the_first(tmp_path, monkeypatch):
+    import triton
+    from triton.compiler import ASTSource
+
+    from hstu_lab.ops.triton_kv_write import note_kernel
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    kernel = triton.JITFunction(note_kernel.fn)
+    pointers = {"Gaps": "*i32", "Items": "*i32", "Slots": "*i64", "SlotGaps": "*i32", "SlotItems": "*i32", "count": "i32"}
+    source = ASTSource(kernel, {**pointers, "BLOCK": "constexpr"}, {"BLOCK": 64})
+    with vllm_replicas.compilations() as seen:
+        for _ in range(2):
+            triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", 80, 32))
+    assert [name for _, name in seen] == ["note_kernel"]
+    assert triton.knobs.compilation.listener is None
+
+
+def test_sharing_a_gpu_says_what_is_missing_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="nvidia-cuda-mps-control is not installed"), vllm_replicas.shared_gpu():
+        pass
+    control = tmp_path / "nvidia-cuda-mps-control"
+    control.write_text(
+        f'#!/bin/sh\nif [ "$1" = -d ]; then echo "no way" > $CUDA_MPS_LOG_DIRECTORY/control.log; else /bin/cat >> {tmp_path}/said; fi\n'
+    )
+    control.chmod(0o755)
+    monkeypatch.setattr(vllm_replicas, "TAKE_GPU", "import os; raise SystemExit(os.environ['CUDA_VISIBLE_DEVICES'] != '0')")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    before = dict(os.environ)
+    with vllm_replicas.shared_gpu():
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "0", "the daemon counts anew what it sees"
+    assert (tmp_path / "said").read_text() == "quit -t 5\n"
+    monkeypatch.setattr(vllm_replicas, "TAKE_GPU", "raise SystemExit(1)")
+    with pytest.raises(RuntimeError, match="(?s)no process can use the GPU.*no way"), vllm_replicas.shared_gpu():
+        pass
+    assert dict(os.environ) == before
