@@ -73,7 +73,8 @@ def shared_gpu() -> Iterator[None]:
         pipe.mkdir(), log.mkdir()
         before = dict(os.environ)
         undo.callback(lambda: (os.environ.clear(), os.environ.update(before)))
-        os.environ |= {"CUDA_MPS_PIPE_DIRECTORY": str(pipe), "CUDA_MPS_LOG_DIRECTORY": str(log)}
+        path = f"{os.environ.get('PATH', os.defpath)}:{pathlib.Path(control).parent}"  # where it looks for its server
+        os.environ |= {"CUDA_MPS_PIPE_DIRECTORY": str(pipe), "CUDA_MPS_LOG_DIRECTORY": str(log), "PATH": path}
         subprocess.run([control, "-d"], check=True, timeout=20)
         undo.callback(subprocess.run, [control], input="quit -t 5\n", text=True, timeout=20, stdout=subprocess.DEVNULL)
         if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):  # the daemon counts for its clients those that it sees
