@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hmac
 import ipaddress
 import logging
@@ -27,7 +28,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from starlette.exceptions import HTTPException
 
 from hstu_lab.config import ACTIONS
-from hstu_lab.engine_process import EngineProcess, EngineRefused, EngineUnavailable
+from hstu_lab.engine_process import EngineBroken, EngineProcess, EngineRefused, EngineUnavailable
 from hstu_lab.events import CLOCK_SKEW, EVENT_ACTIONS, LONGEST_DWELL, LONGEST_ID
 from hstu_lab.settings import TASK_NAMES
 
@@ -217,6 +218,8 @@ class Service:
         """Why no request can be accepted now, if so."""
         if self.draining:
             return failure(503, "draining", "the service is stopping: ask another", retry_after=5)
+        if self.engine.broken:
+            return failure(503, "engine_broken", f"the engine cannot start: {self.engine.broken}")
         if self.engine.ready is None:
             return failure(503, "engine_unavailable", self._engine_state(), retry_after=5)
         if self.in_flight >= self.options.max_in_flight:
@@ -315,7 +318,7 @@ def make_app(options: ServerOptions, settings: dict) -> FastAPI:
     @app.get("/metrics", summary="Prometheus text: the server's, the stages' and vLLM's own", dependencies=needs_token)
     async def metrics() -> PlainTextResponse:
         text = prometheus_client.generate_latest(service.registry).decode()
-        with contextlib.suppress(EngineUnavailable, EngineRefused, TimeoutError):
+        with contextlib.suppress(EngineUnavailable, EngineBroken, EngineRefused, TimeoutError):
             text += (await asyncio.wait_for(service.engine.ask("metrics"), 2))["text"]
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
@@ -387,9 +390,10 @@ class _Server(uvicorn.Server):
 
 
 def serve(options: ServerOptions, settings: dict) -> int:
-    """Listen until SIGTERM or Ctrl-C; the exit status. Raises ServerError where the port is taken."""
+    """Listen until SIGTERM or Ctrl-C; the exit status. Raises ServerError where the port is taken or the engine is broken."""
+    app = make_app(options, settings)
     config = uvicorn.Config(
-        make_app(options, settings), host=options.host, port=options.port, log_level="warning", access_log=False,
+        app, host=options.host, port=options.port, log_level="warning", access_log=False,
         timeout_graceful_shutdown=options.drain_seconds, lifespan="on", timeout_keep_alive=KEEP_ALIVE_SECONDS,
         loop="asyncio",  # uvloop leaves the closed port listening while requests drain: new clients would hang
     )  # fmt: skip
@@ -400,5 +404,9 @@ def serve(options: ServerOptions, settings: dict) -> int:
             f"port {options.port} of {options.host} cannot be taken: another service listens; give --port"
         ) from error
     print(f"listening on http://{options.host}:{sockets[0].getsockname()[1]}; /ready tells when the engine is up", flush=True)
-    _Server(config).run(sockets)
+    server, engine = _Server(config), app.state.service.engine
+    engine.on_broken = functools.partial(setattr, server, "should_exit", True)
+    server.run(sockets)
+    if engine.broken:
+        raise ServerError(f"the engine cannot start: {engine.broken}")
     return 0

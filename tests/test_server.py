@@ -5,8 +5,11 @@ import collections
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -106,6 +109,18 @@ def test_completions_are_the_next_items_of_packed_tokens(served, tiny_model):
         status, _, answer = served.call("/v1/completions", {"prompt": prompt} | changes)
         assert (status, answer["error"]["message"].split(":")[0]) == (422, field)
     assert served.call("/v1/models")[2]["data"][0]["id"] == "hstu"
+
+
+def test_a_service_whose_engine_can_never_start_ends_with_one_line(tiny_checkpoint, tmp_path):
+    """The command line finds a missing file before it listens; that the weights are no weights, only the engine."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "torn")
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    command = [sys.executable, "-m", "hstu_lab", "serve", "--checkpoint", str(folder), "--strategy", "eager", "--port", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert ended.returncode != 0
+    assert "the engine cannot start: CheckpointError" in ended.stderr.splitlines()[-1]
+    assert str(folder) in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 # ---- what is refused

@@ -206,9 +206,8 @@ def test_sharing_a_gpu_says_what_is_missing_and_leaves_nothing(tmp_path, monkeyp
     with pytest.raises(RuntimeError, match="nvidia-cuda-mps-control is not installed"), vllm_replicas.shared_gpu():
         pass
     control = tmp_path / "nvidia-cuda-mps-control"
-    control.write_text(
-        f'#!/bin/sh\nif [ "$1" = -d ]; then echo "no way" > $CUDA_MPS_LOG_DIRECTORY/control.log; else /bin/cat >> {tmp_path}/said; fi\n'
-    )
+    log = 'echo "no way" > $CUDA_MPS_LOG_DIRECTORY/control.log'
+    control.write_text(f'#!/bin/sh\nif [ "$1" = -d ]; then {log}; else /bin/cat >> {tmp_path}/said; fi\n')
     control.chmod(0o755)
     monkeypatch.setattr(vllm_replicas, "TAKE_GPU", "import os; raise SystemExit(os.environ['CUDA_VISIBLE_DEVICES'] != '0')")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
@@ -217,6 +216,6 @@ def test_sharing_a_gpu_says_what_is_missing_and_leaves_nothing(tmp_path, monkeyp
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "0", "the daemon counts anew what it sees"
     assert (tmp_path / "said").read_text() == "quit -t 5\n"
     monkeypatch.setattr(vllm_replicas, "TAKE_GPU", "raise SystemExit(1)")
-    with pytest.raises(RuntimeError, match="(?s)no process can use the GPU.*no way"), vllm_replicas.shared_gpu():
+    with pytest.raises(RuntimeError, match=r"(?s)no process can use the GPU.*no way"), vllm_replicas.shared_gpu():
         pass
     assert dict(os.environ) == before
