@@ -27,12 +27,12 @@ from torch import Tensor
 
 from hstu_lab import ops as operators
 from hstu_lab.batching import Batcher
-from hstu_lab.config import ACTIONS, TASKS, ModelConfig
+from hstu_lab.config import ACTIONS, TASK_NAMES, TASKS, ModelConfig
 from hstu_lab.events import MOVIELENS, Catalog, History
 from hstu_lab.hot_cache import CachedRows, CacheStats
 from hstu_lab.measure import data_root
 from hstu_lab.model import CheckpointError, load_checkpoint
-from hstu_lab.settings import STRATEGIES, TASK_NAMES, Settings
+from hstu_lab.settings import STRATEGIES, Settings
 from hstu_lab.strategies import STAGES, Batch, Eager, Parts, StrategyUnavailable, Vllm, missing
 from hstu_lab.telemetry import StageTimer, Telemetry
 from hstu_lab.tokens import encode_history

@@ -27,10 +27,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from starlette.exceptions import HTTPException
 
-from hstu_lab.config import ACTIONS
+from hstu_lab.config import ACTIONS, TASK_NAMES
 from hstu_lab.engine_process import EngineBroken, EngineProcess, EngineRefused, EngineUnavailable
 from hstu_lab.events import CLOCK_SKEW, EVENT_ACTIONS, LONGEST_DWELL, LONGEST_ID
-from hstu_lab.settings import TASK_NAMES
 
 log = logging.getLogger(__name__)
 

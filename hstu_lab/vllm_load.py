@@ -20,12 +20,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from hstu_lab.config import ModelConfig, preset
+from hstu_lab.config import TASK_NAMES, ModelConfig, preset
 from hstu_lab.model import EventEncoder, HSTUStack, SavedConfig, TaskHeads
 from hstu_lab.tokens import pack
 
 FIRST_WAVE_SECONDS = 120.0
-TASKS = {"topk": 100, "slate": 10}
+TASKS = dict(zip(TASK_NAMES, (100, 10), strict=True))
 """Items that one request asks for."""
 
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from hstu_lab import pipeline, strategies, tensorrt_library
-from hstu_lab.config import preset
+from hstu_lab.config import TASK_NAMES, preset
 from hstu_lab.event_log import History
 from hstu_lab.events import World
 from hstu_lab.model import HSTU, CheckpointError, load_checkpoint, save_checkpoint
 from hstu_lab.pipeline import Recommender, RequestError
-from hstu_lab.settings import TASK_NAMES, Settings
+from hstu_lab.settings import Settings
 from hstu_lab.strategies import STAGES, Batch, Eager, StrategyUnavailable, best_items
 from hstu_lab.telemetry import StageTimer
 from hstu_lab.vllm_engine import Engine, EngineError, EngineOptions
