@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -207,13 +208,23 @@ def _obey(connection, engine: Engine, number: int, warm_users: int, compiled: li
         connection.send(dataclasses.replace(outcome, compiled=names))
 
 
+def _apart(target: Callable, *arguments) -> None:
+    os.setpgid(0, 0)
+    target(*arguments)
+
+
 class Member:
-    """One process and the pipe to it. One that fails, or is silent for too long, is ended: its answers would come out of turn."""
+    """One process and the pipe to it. One that fails, or is silent for too long, is ended: its answers would come out of turn.
+
+    One that is no `daemon` may have started others, which end with it.
+    """
 
     def __init__(self, number: int, target: Callable, arguments: tuple, daemon: bool):
         context = multiprocessing.get_context("spawn")
         self.number, (self.pipe, theirs) = number, context.Pipe()
-        self.process = context.Process(target=target, args=(theirs, *arguments), daemon=daemon)
+        self.daemon = daemon
+        run = target if daemon else functools.partial(_apart, target)
+        self.process = context.Process(target=run, args=(theirs, *arguments), daemon=daemon)
         self.process.start()
         theirs.close()  # so that the end of the process ends a wait
         self.gone = False
@@ -243,6 +254,9 @@ class Member:
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
+        if not self.daemon:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def _hear_all(members: Sequence[Member], word: str | None, seconds: float, doing: str) -> tuple[list, list[RuntimeError]]:
@@ -330,12 +344,14 @@ class Replicas:
             **({"compiled": dict(names)} if names else {}),
         }  # fmt: skip
 
-    def close(self) -> None:
+    def close(self, deadline: float | None = None) -> None:
+        """End them all, by `deadline` (time.monotonic)."""
+        deadline = time.monotonic() + 5 if deadline is None else deadline
         for member in self.every:
             member.send(None)
         for member in self.every:
             if not member.gone:
-                member.end()
+                member.end(max(deadline - time.monotonic(), 0))
 
 
 def resumed(record: Record, out: pathlib.Path | None) -> Record:

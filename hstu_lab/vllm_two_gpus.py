@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import pathlib
 import signal
@@ -75,20 +74,23 @@ class DataParallel:
         raise RuntimeError("vLLM ended the request without an answer")
 
     async def load(self, config, cell: Cell, in_flight: int, seconds: float) -> float:
-        """Requests a second, so many always in flight; the clock starts when each has been answered twice."""
-        users, finished, begin, answered = Users(config, cell, 1), 0, math.inf, 0
+        """Requests a second, so many always in flight, over at least `seconds` and as many answers.
+
+        The clock starts when each place has been answered twice: whatever had to be compiled is.
+        """
+        users, times, first = Users(config, cell, 1), [], 2 * in_flight - 1
+
+        def over() -> bool:
+            return len(times) > first + in_flight and times[-1] - times[first] >= seconds
 
         async def one() -> None:
-            nonlocal finished, begin, answered
-            while (now := time.perf_counter()) < begin + seconds:
+            while not over():
                 await self.topk(next(users), TASKS["topk"])
-                answered += 1
-                if answered == 2 * in_flight:  # whatever had to be compiled is
-                    begin = time.perf_counter()
-                finished += begin <= now and time.perf_counter() < begin + seconds
+                if not over():
+                    times.append(time.perf_counter())
 
         await asyncio.gather(*(one() for _ in range(in_flight)))
-        return finished / seconds
+        return (len(times) - 1 - first) / (times[-1] - times[first])
 
 
 def data_parallel(connection, folder: pathlib.Path, options: EngineOptions, size: int) -> None:
@@ -178,9 +180,12 @@ class TwoGpus:
         measure.write_record(self.record, self.out)
 
     def _close(self) -> None:
-        for each in self.ways.values():
-            for group in each.values():
-                group.close()
+        groups = [group for each in self.ways.values() for group in each.values()]
+        for member in (member for group in groups for member in group.every):
+            member.send(None)
+        deadline = time.monotonic() + 5
+        for group in groups:
+            group.close(deadline)
         self.ways.clear()
 
     def _ready(self, part: str) -> dict[str, Replicas]:

@@ -194,6 +194,7 @@ def test_compilations_are_noted_by_name_and_only_the_first(tmp_path, monkeypatch
     kernel = triton.JITFunction(note_kernel.fn)
     pointers = {"Gaps": "*i32", "Items": "*i32", "Slots": "*i64", "SlotGaps": "*i32", "SlotItems": "*i32", "count": "i32"}
     source = ASTSource(kernel, {**pointers, "BLOCK": "constexpr"}, {"BLOCK": 64})
+    monkeypatch.setattr(triton.knobs.compilation, "listener", None)  # engines of other tests, threads here, leave theirs
     with vllm_replicas.compilations() as seen:
         for _ in range(2):
             triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", 80, 32))
