@@ -63,6 +63,8 @@ class ServerOptions:
         for name in ("max_in_flight", "deadline_ms", "drain_seconds", "max_body_bytes"):
             if getattr(self, name) < 1:
                 raise ServerError(f"{name} is {getattr(self, name)}: give 1 or more")
+        if not 0 <= self.port <= 65535:
+            raise ServerError(f"port is {self.port}: give 0 (any that is free) to 65535")
         if not self.token and not is_loopback(self.host):
             raise ServerError(f"host {self.host} can be reached from outside: set a token (HSTU_LAB_TOKEN or --token-file)")
 
@@ -294,9 +296,14 @@ def make_app(options: ServerOptions, settings: dict) -> FastAPI:
         first = error.errors()[0]
         path = [] if first["type"] == "json_invalid" else first["loc"][1:]
         field = ".".join(str(part) for part in path if not str(part).startswith(("function-", "constrained-")))
+        said = first["msg"]
+        if first["type"] == "extra_forbidden":
+            model = {"/recommend": RecommendIn, "/v1/completions": CompletionIn}[request.url.path]
+            model = EventIn if "events" in first["loc"] else model
+            said = f"there is no such field; known: {', '.join(model.model_fields)}"
         more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
         service.answers.labels(request.url.path, "422").inc()
-        return failure(422, "invalid_request", f"{field or 'body'}: {first['msg']}{more}", field or "body")
+        return failure(422, "invalid_request", f"{field or 'body'}: {said}{more}", field or "body")
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:

@@ -154,6 +154,17 @@ def test_a_broken_field_is_named(served, changes, field):
     assert answer["error"]["type"] == "invalid_request"
 
 
+def test_an_unknown_field_is_told_the_known_ones(served):
+    for path, body, known in (
+        ("/recommend", {"user": "u1", "surprise": 1}, "user, events, task, deadline_ms"),
+        ("/recommend", {"user": "u1", "events": [EVENT | {"surprise": 1}]}, "item, action, timestamp"),
+        ("/v1/completions", {"prompt": [1], "surprise": 1}, "model, prompt, max_tokens"),
+    ):
+        status, _, answer = served.call(path, body)
+        assert status == 422
+        assert f"surprise: there is no such field; known: {known}" in answer["error"]["message"]
+
+
 def test_events_of_another_user_are_refused(served):
     status, _, answer = served.call("/recommend", {"user": "u1", "events": [EVENT | {"user": "u2"}]})
     assert status == 422
@@ -402,6 +413,8 @@ def test_only_loopback_without_a_token():
     assert ServerOptions(host="0.0.0.0", token="x").token
     with pytest.raises(ServerError, match="deadline_ms is 0"):
         ServerOptions(deadline_ms=0)
+    with pytest.raises(ServerError, match="port is 99999"):
+        ServerOptions(port=99999)
 
 
 def test_the_openapi_document_tells_every_error():
