@@ -2,11 +2,13 @@
 
 import multiprocessing
 import os
+import pathlib
 import threading
 import time
 from multiprocessing.connection import Connection
 
 import pytest
+import serving
 import torch
 
 from hstu_lab import measure, vllm_bench, vllm_replicas
@@ -15,6 +17,7 @@ from hstu_lab.vllm_engine import Engine, EngineOptions
 from hstu_lab.vllm_load import Cell, Users, closed_loop, random_checkpoint, random_histories, serving_config
 from hstu_lab.vllm_replicas import Replicas, own_share_first
 
+get_context = multiprocessing.get_context
 OPTIONS = EngineOptions(kv_cache_memory_bytes=8 << 20, max_num_seqs=64, prompt_embeds=False, micro_batch=16)
 
 
@@ -132,6 +135,21 @@ def test_those_that_do_not_come_up_in_time_are_left_out():
     group = Replicas(1, lambda number: (1,), late)
     with pytest.raises(RuntimeError, match="no engine is left"):
         group.start(0.1)
+
+
+@pytest.mark.parametrize("seconds", [20, 0])
+def test_what_an_engine_started_ends_with_it(monkeypatch, seconds):
+    monkeypatch.setattr(vllm_replicas.multiprocessing, "get_context", get_context)
+    member = vllm_replicas.Member(0, serving.with_child, (), daemon=False)
+    child = member.hear(None, 60, "starting")
+    member.end(seconds)
+    end = time.monotonic() + 5
+    while time.monotonic() < end and pathlib.Path(f"/proc/{child}/stat").exists():
+        if pathlib.Path(f"/proc/{child}/stat").read_text().split()[2] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        assert not pathlib.Path(f"/proc/{child}/stat").exists()
 
 
 def test_shares_cover_all_jobs():
