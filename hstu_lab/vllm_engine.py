@@ -142,7 +142,7 @@ def engine_arguments(checkpoint: str | pathlib.Path, options: EngineOptions) -> 
         "model": str(checkpoint), "skip_tokenizer_init": True, "max_logprobs": -1, "logprobs_mode": "processed_logprobs",
         "max_model_len": room(load_config(checkpoint), options),
         "logits_processors": [seen_items.SeenItems, candidates.TaskScores, slates.SlateRows],
-        "worker_extension_cls": "hstu_lab.vllm_plugin.sampling.WorkerExtension",
+        "worker_cls": "hstu_lab.vllm_plugin.worker.RecommendationWorker",
         "additional_config": {"ops": ops}, "enable_prompt_embeds": embeds,
         "compilation_config": {
             "mode": 0, "cudagraph_mode": graphs, **({} if graphs == "NONE" else {"cudagraph_capture_sizes": sizes}),
