@@ -28,7 +28,7 @@ def is_plain(wanted: SamplingMetadata) -> bool:
 class RecommendationSampler(Sampler):
     """Greedy, with the log-probabilities of the best items; rows that want a slate get what `loop` generates for them.
 
-    `last` (B, 1) are the items of the step before; `given` is the outcome of a step that `SteadySteps` made, until it is asked for.
+    `last` (B, 1) are the items of the step before; `given` is the outcome of a step that `SteadySteps` made and nobody has seen.
     """
 
     def __init__(self, loop: SlateLoop):

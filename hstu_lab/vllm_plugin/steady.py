@@ -85,7 +85,7 @@ class SteadySteps:
         return True
 
     def _takes(self, metadata, count: int) -> bool:
-        """Whether all requests of the batch want the best unseen item and no more; notes the items that they must not be given."""
+        """Whether all requests of the batch want the best unseen item and no more; notes the items that none may be given."""
         seen, others = None, True
         for processor in metadata.logitsprocs.non_argmax_invariant:
             if isinstance(processor, SeenItems):

@@ -23,7 +23,7 @@ class RecommendationWorker(Worker):
     steady: SteadySteps | None = None
 
     def use_recommendation_sampler(self, sizes: Sequence[int]) -> None:
-        """Sample by `RecommendationSampler`; its loop, and steady steps, are captured as CUDA graphs for batches of those sizes."""
+        """Sample by `RecommendationSampler`; its loop, and steady steps, become CUDA graphs for those numbers of requests."""
         runner = self.model_runner
         loop = SlateLoop(runner.get_model(), self.vllm_config, runner.get_model().config.slate_size)
         runner.sampler = RecommendationSampler(loop)
