@@ -85,15 +85,37 @@ def test_every_step_but_the_first_is_steady(engine, prompts):
     assert sizes == [3] * 9
 
 
-def test_what_is_no_such_step_is_vllms(engine, prompts, monkeypatch):
-    """Whoever wants more than the best unseen item keeps the whole batch on vLLM's way."""
+def best_of_five(engine):
+    return engine._params(6, 5, seen=[])
+
+
+def not_masked(engine):
+    return engine._params(6, 0)
+
+
+def biased(engine):
+    params = engine._params(6, 0, seen=[])
+    params.logit_bias = {7: 100.0}
+    return params
+
+
+@pytest.mark.parametrize("params", [best_of_five, not_masked, biased])
+def test_whoever_wants_anything_else_keeps_the_batch_on_vllms_way(engine, prompts, params):
+    answers = []
+    for steady in (True, False):
+        with engine.held(), counted(engine, steady) as sizes:
+            futures = [engine.submit_steps(prompts[0], [], 6)]
+            futures.append(engine._enqueue(10**6 + steady, prompts[1], params(engine), lambda answer: answer.tokens))
+            while engine.turn():
+                pass
+        assert not sizes
+        answers.append((futures[0].result().items, futures[1].result()))
+    assert answers[0] == answers[1] and len(answers[0][1]) == 6
+
+
+def test_more_pairs_than_there_is_room_for_are_vllms(engine, prompts, monkeypatch):
     from hstu_lab.vllm_plugin import steady
 
-    with engine.held(), counted(engine) as sizes:
-        futures = [engine.submit_steps(prompts[0], [], 6), engine._submit(prompts[1], [], 6, 5, lambda answer: answer.tokens)]
-        while engine.turn():
-            pass
-    assert not sizes and len(futures[1].result()) == 6
     expected = steps(engine, [(prompts[2], [1, 2, 3], 6)])
     monkeypatch.setattr(steady, "PAIRS", 2)
     with counted(engine) as sizes:

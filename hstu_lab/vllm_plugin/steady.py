@@ -55,7 +55,7 @@ class SteadySteps:
         follows, self._follows = self._follows, False
         same = (
             0 < count == batch.num_reqs == scheduler_output.total_num_scheduled_tokens
-            and not (scheduler_output.scheduled_new_reqs or scheduler_output.finished_req_ids or cached.resumed_req_ids)
+            and not (scheduler_output.scheduled_new_reqs or cached.resumed_req_ids)
             and all(request in batch.req_id_to_index for request in cached.req_ids)
         )
         # vLLM makes other metadata for another batch. Who is discarded has not got an item yet: the prompt goes on.
