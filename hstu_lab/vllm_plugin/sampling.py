@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
@@ -75,8 +76,10 @@ class RecommendationSampler(Sampler):
         scores = logits.log_softmax(-1)
         best = scores.gather(1, found)
         if count:
-            more, items = scores.topk(count, dim=-1)
+            more, items = scores.topk(min(count, scores.shape[1]), dim=-1)
             found, best = torch.cat([found, items], 1), torch.cat([best, more], 1)
+            if (missing := 1 + count - found.shape[1]) > 0:  # a slate's row is longer than such a catalog
+                found, best = F.pad(found, (0, missing)), F.pad(best, (0, missing), value=-torch.inf)
         return found.int(), best
 
     def _items(self, slates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
