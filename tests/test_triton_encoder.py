@@ -1,4 +1,4 @@
-"""The encoder of a step, small or large, against the model's own: packed tokens of every kind, with and without users, features."""
+"""The encoder of a step, small or large, against the model's own: packed tokens of every kind, with and without users."""
 
 import types
 
