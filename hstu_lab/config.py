@@ -11,6 +11,9 @@ ACTIONS = ("none", "impression", "click", "like", "share", "purchase", "dwell")
 """Actions in the order of their ids. 0 ("none") marks a position whose action is unknown: a candidate or a generated item."""
 
 TASKS = ("engagement", "retention", "monetization")
+TASK_NAMES = ("topk", "slate")
+"""What a request may ask for; TASKS are what items are scored for."""
+
 RAB_KINDS = ("none", "position", "position+time")
 PRECISIONS = ("fp32", "fp16", "int8")
 """Of exported graphs and engines."""

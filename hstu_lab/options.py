@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
-from hstu_lab.config import ConfigError
-from hstu_lab.settings import OPS, PRECISIONS, STRATEGIES, TASK_NAMES
+from hstu_lab.config import TASK_NAMES, ConfigError
+from hstu_lab.settings import OPS, PRECISIONS, STRATEGIES
 
 MODES = ("single", "batch", "benchmark", "comprehensive")
 

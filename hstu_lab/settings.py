@@ -13,10 +13,9 @@ from typing import Literal
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
-from hstu_lab.config import PRECISIONS, ConfigError
+from hstu_lab.config import PRECISIONS, TASK_NAMES, ConfigError
 from hstu_lab.ops import BACKENDS
 
-TASK_NAMES = ("topk", "slate")
 STRATEGIES = ("eager", "onnx", "vllm", "tensorrt", "unified")
 OPS = tuple(BACKENDS)
 FILE_NAME = "hstu_lab.toml"

@@ -5,18 +5,19 @@ import json
 import re
 import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from hstu_lab import pipeline, strategies, tensorrt_library
-from hstu_lab.config import preset
+from hstu_lab.config import TASK_NAMES, preset
 from hstu_lab.event_log import Catalog, History
 from hstu_lab.events import World
 from hstu_lab.model import HSTU, CheckpointError, load_checkpoint, save_checkpoint
 from hstu_lab.pipeline import Recommender, RequestError
-from hstu_lab.settings import TASK_NAMES, Settings
+from hstu_lab.settings import Settings
 from hstu_lab.strategies import STAGES, Batch, Eager, StrategyUnavailable, best_items
 from hstu_lab.telemetry import StageTimer
 from hstu_lab.vllm_engine import Engine, EngineError, EngineOptions
@@ -191,6 +192,30 @@ def _gated(runner):
 
     runner.candidates = candidates
     return gate, begun, sizes
+
+
+def test_completions_in_flight_share_batches_whatever_their_counts(tiny_checkpoint):
+    with Recommender(tiny_checkpoint, strategy="eager") as recommender:
+        config, calls = recommender.config, []
+        prompts = [[config.user_token_base + 1, 5 + i, 9] for i in range(6)]
+        batches = [(Batch([p], [[t for t in p if t < config.num_items]]), 2 + i % 2) for i, p in enumerate(prompts)]
+        runner = recommender.runner("eager")
+        alone = [runner.candidates(batch, "slate", count, StageTimer())[0] for batch, count in batches]
+        candidates = runner.candidates
+
+        def counted(batch, *arguments):
+            calls.append(len(batch))
+            time.sleep(0.2)
+            return candidates(batch, *arguments)
+
+        runner.candidates = counted
+
+        async def run():
+            return await asyncio.gather(*(recommender.complete(batch, count, "eager") for batch, count in batches))
+
+        assert asyncio.run(run()) == [(items, 0) for items in alone]
+        assert sum(calls) == 6
+        assert len(calls) < 5, "those that came while the first was in work share batches"
 
 
 async def _first_then_others(recommender, begun, histories):
