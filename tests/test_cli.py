@@ -138,6 +138,24 @@ def test_good_users_are_served_and_bad_rows_counted(run, events, tmp_path):
     assert {reject["field"] for reject in rejects} >= {"action", "timestamp", "item"}
 
 
+def test_a_batch_prints_as_it_goes_and_keeps_what_it_has(run, events, monkeypatch):
+    from hstu_lab.pipeline import Recommender
+
+    whole, calls = Recommender.recommend_batch, []
+
+    def batch(self, histories, **names):
+        calls.append((len(histories), names.get("strategy")))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(self, histories, **names)
+
+    monkeypatch.setattr(Recommender, "recommend_batch", batch)
+    status, out, err = run("--events", events, "--mode", "batch", "--batch-size", "5", "--json")
+    assert (status, err) == (130, "interrupted\n")
+    assert len({json.loads(line)["user"] for line in out.splitlines()}) == 10
+    assert calls == [(5, None), (5, "eager"), (2, "eager")]
+
+
 def test_a_long_history_is_cut_and_said(run, tmp_path, tiny_world):
     path = tmp_path / "long.jsonl"
     ids = tiny_world.catalog.ids
