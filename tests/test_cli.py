@@ -265,6 +265,15 @@ def test_a_variable_that_is_set_to_nothing_is_not_set(run, events, monkeypatch):
     assert run("--events", events)[0] == 0
 
 
+def test_a_step_of_fewer_tokens_than_requests_is_refused_before_vllm_is_asked(run, events, monkeypatch):
+    monkeypatch.setenv("HSTU_LAB_MAX_NUM_BATCHED_TOKENS", "16")
+    assert run("--events", events) == (
+        2, "", "error: setting max_num_batched_tokens is 16: give at least max_num_seqs, 64, or lower that\n",
+    )  # fmt: skip
+    monkeypatch.setenv("HSTU_LAB_MAX_NUM_SEQS", "16")
+    assert run("--events", events)[0] == 0
+
+
 def test_a_variable_that_no_setting_has_is_named(monkeypatch, caplog):
     monkeypatch.setattr(settings.log.parent, "propagate", True)
     monkeypatch.setenv("HSTU_LAB_TOKEN", "x")
