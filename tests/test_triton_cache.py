@@ -104,7 +104,7 @@ def test_a_step_does_what_the_definition_says(dtype, device, seed, count, copy_o
 def test_victims_are_the_least_of_their_samples(device, by, hand, in_use, filled, monkeypatch):
     rows, slots, spares, clock = 2000, 1000, 40, 10**6
     generator = torch.Generator().manual_seed(hand + by)
-    monkeypatch.setattr(triton_cache, "publishing", lambda spares, by: {"SPARES": 64, "RANKS": 16, "SAMPLE": 16, "BY": by})
+    monkeypatch.setattr(triton_cache, "publishing", lambda spares, by: {"SPARES": 64, "SAMPLE": 16, "BY": by})
 
     def state():
         generator.manual_seed(hand)

@@ -17,12 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hstu_lab.ops.triton_runtime import add, interpreted, least
+from hstu_lab.ops.triton_runtime import add, interpreted
 
 LISTS = ["Ids", "MissAt", "MissRank", "Want", "Counts"]
 """Whatever their alignment and length, one compiled kernel serves."""
-NOTHING = tl.constexpr(2**62)
-"""Above every value of a row that could go."""
 
 
 def launch(compiled: dict, key: tuple, kernel, grid: int, arguments: tuple, constants: dict, stream=None, warps: int = 4) -> None:
@@ -148,7 +146,7 @@ def fetch(
 @triton.jit(do_not_specialize=["clock", "hand", "in_use"], do_not_specialize_on_alignment=LISTS)
 def publish_kernel(
     SlotOf, IdOf, LastUsed, Uses, Priority, Want, Counts, Spare, Totals, spares, slots, clock, hand, in_use,
-    SPARES: tl.constexpr, RANKS: tl.constexpr, SAMPLE: tl.constexpr, BY: tl.constexpr,
+    SPARES: tl.constexpr, SAMPLE: tl.constexpr, BY: tl.constexpr,
 ):  # fmt: skip
     """One program: map the fetched rows, then unmap one victim for each spare slot used: the least of SAMPLE slots' rows."""
     r = tl.arange(0, SPARES)
@@ -169,33 +167,22 @@ def publish_kernel(
     filled = tl.load(Totals + 2).to(tl.int32)
     victim = tl.where(rank < slots - filled, filled + rank, -1)
     sampling = empty & (victim < 0)
-    sought = tl.reduce(empty.to(tl.int32), 0, add) * tl.minimum(tl.reduce(sampling.to(tl.int32), 0, add), 1)
-    sample = tl.arange(0, SAMPLE)
-    # RANKS victims at a time, their samples side by side: slots that follow each other are read together, and one kept by each
-    # thread would have been read sixteen times one after another.
-    for start in range(0, sought, RANKS):
-        seeking = start + tl.arange(0, RANKS)
-        place = seeking.to(tl.int64)[:, None] * SAMPLE + sample[None, :]
-        candidate = tl.where(hand + place < slots, hand + place, hand + place - slots)
-        inside = (seeking < sought)[:, None] & (place < slots)
-        owner = tl.load(IdOf + candidate, mask=inside, other=-2)
-        last = tl.load(LastUsed + candidate, mask=inside, other=0)
-        free = inside & (owner >= 0) & (last < in_use)
+    least = tl.full((SPARES,), float("inf"), tl.float32)
+    for s in range(tl.minimum(tl.reduce(sampling.to(tl.int32), 0, add), 1) * SAMPLE):
+        candidate = ((hand + (rank * SAMPLE + s).to(tl.int64)) % slots).to(tl.int32)
+        candidate = tl.where(sampling & (rank * SAMPLE + s < slots), candidate, 0)
+        owner = tl.load(IdOf + candidate, mask=sampling, other=-2)
+        last = tl.load(LastUsed + candidate, mask=sampling, other=0)
+        free = sampling & (rank * SAMPLE + s < slots) & (owner >= 0) & (last < in_use)
         if BY == 0:
-            value = last - clock
+            value = (last - clock).to(tl.float32)
         elif BY == 1:
-            value = tl.load(Uses + candidate, mask=free, other=0).to(tl.int64)
+            value = tl.load(Uses + candidate, mask=free, other=0).to(tl.float32)
         else:
-            expected = tl.load(Priority + owner, mask=free, other=0.0)
-            free = free & (expected < float("inf"))
-            bits = tl.where(expected == 0, 0.0, expected).to(tl.int32, bitcast=True)
-            value = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)  # in the order of the floats
-        best = tl.reduce(tl.where(free, value * SAMPLE + sample[None, :], NOTHING), 1, least)
-        chosen = hand + seeking.to(tl.int64) * SAMPLE + (best & (SAMPLE - 1))
-        chosen = tl.where(best == NOTHING, -1, tl.where(chosen < slots, chosen, chosen - slots))
-        tl.store(Want + seeking, chosen, mask=seeking < sought)  # read above, and of no more use
-    tl.debug_barrier()
-    victim = tl.where(sampling, tl.load(Want + rank, mask=sampling, other=-1).to(tl.int32), victim)
+            value = tl.load(Priority + owner, mask=free, other=0.0)
+        better = free & (value < least)
+        least = tl.where(better, value, least)
+        victim = tl.where(better, candidate, victim)
     valid = empty & (victim >= 0)
     old = tl.load(IdOf + victim, mask=valid, other=-1)
     mapped = valid & (old >= 0)
@@ -213,12 +200,11 @@ def publish_kernel(
 
 @functools.cache
 def publishing(spares: int, by: int) -> dict:
-    padded = triton.next_power_of_2(spares)
-    return {"SPARES": padded, "RANKS": min(padded, 256), "SAMPLE": 16, "BY": by}
+    return {"SPARES": triton.next_power_of_2(spares), "SAMPLE": 16, "BY": by}
 
 
 def publish(state, want: Tensor, counts: Tensor, by: int, clock: int, hand: int, in_use: int, stream=None) -> None:
-    """See `hot_cache.publish`; `want` is written over."""
+    """See `hot_cache.publish`."""
     spares, priority = state.spare.shape[0], state.priority
     arguments = (
         state.slot_of, state.id_of, state.last_used, state.uses, state.last_used if priority is None else priority, want,
