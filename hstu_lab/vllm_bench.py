@@ -51,9 +51,14 @@ PARTS = ("step", "telling", "null", "candidates", "half", "table", "fewer", "alo
 all other loads, fewer engines, and the steps again once the other engines are gone."""
 
 
+def worker_of(engine: Engine):
+    """vLLM's worker, in this process."""
+    return engine.engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+
 def runner_of(engine: Engine):
     """vLLM's model runner, in this process."""
-    return engine.engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    return worker_of(engine).model_runner
 
 
 class NullModel:
@@ -89,12 +94,15 @@ class NullLoop:
 def null(engine: Engine) -> Iterator[None]:
     """Inside, the engine (which has answered before) schedules, samples and answers as ever, and computes nothing."""
     runner = runner_of(engine)
-    model, loop = runner.model, runner.sampler.loop
+    model, loop, steady = runner.model, runner.sampler.loop, worker_of(engine).steady
     runner.model, runner.sampler.loop = NullModel(runner.get_model()), NullLoop(loop)
+    chosen = torch.zeros(2, runner.max_num_reqs, dtype=torch.int32, device=runner.device)
+    steady.run = lambda size: chosen[:, :size].clone()
     try:
         yield
     finally:
         runner.model, runner.sampler.loop = model, loop
+        del steady.run
         engine.reset_prefix_cache()  # nothing was computed of what it holds
 
 

@@ -34,7 +34,7 @@ from hstu_lab.vllm_load import TASKS, Cell, Users, random_checkpoint, random_his
 from hstu_lab.vllm_replicas import Replicas, keep, replica, resumed, run_parts
 
 PARTS = ("answers", "steps", "tensor", "data", "replicas")
-"""In this order: equal lists; steps of tensor parallelism, and its rates; those of data parallelism, and of independent engines."""
+"""In this order: equal lists; steps of tensor parallelism, and its rates; those of data parallelism and of engines apart."""
 TURNS = 2
 """Loads by which two ways are compared, in turns; one before them meets what is compiled, or read from disk, at first use."""
 EXACT = EngineOptions(
