@@ -28,6 +28,7 @@ from torch import Tensor
 from hstu_lab import ops as operators
 from hstu_lab.batching import Batcher
 from hstu_lab.config import ACTIONS, TASK_NAMES, TASKS, ModelConfig
+from hstu_lab.event_log import printable
 from hstu_lab.events import MOVIELENS, Catalog, History
 from hstu_lab.hot_cache import CachedRows, CacheStats
 from hstu_lab.measure import data_root
@@ -89,12 +90,15 @@ class Recommendation:
 
     def __str__(self) -> str:
         """The ten items and the stages as two tables."""
-        width = max([len(item.title) for item in self.items] + [5])
-        lines = [f"{len(self.items)} items for user {self.user}   task {self.task}   strategy {self.strategy}"]
+        titles = [printable(item.title) for item in self.items]
+        width = max([*map(len, titles), 5])
+        lines = [f"{len(self.items)} items for user {printable(self.user)}   task {self.task}   strategy {self.strategy}"]
         lines.append(f"{'':>3} {'item':>8}  {'title':<{width}}  {'score':>7}  " + "  ".join(f"{t:>12}" for t in TASKS))
-        for rank, item in enumerate(self.items, 1):
+        for rank, (item, title) in enumerate(zip(self.items, titles), 1):
             scores = "  ".join(f"{getattr(item, task):12.4f}" for task in TASKS)
-            lines.append(f"{rank:>3} {item.item_id:>8}  {item.title:<{width}}  {item.score:7.4f}  {scores}")
+            lines.append(f"{rank:>3} {printable(item.item_id):>8}  {title:<{width}}  {item.score:7.4f}  {scores}")
+        if not self.items:
+            lines.append("the user has met every item of the catalog: nothing is left to recommend")
         lines.append("")
         lines.append(f"{'stage':<10} {'measured here':>14}  engine")
         for stage, ms in self.stages.items():
@@ -346,7 +350,9 @@ class Recommender:
         return self.model.known_items.cpu().numpy()
 
     def _count(self, task: str) -> int:
-        return max(self.config.num_candidates, self.settings.num_items) if task == "topk" else self.config.slate_size
+        if task == "slate":
+            return self.config.slate_size
+        return max(min(max(self.config.num_candidates, self.settings.num_items), self.config.num_items - 1), 1)
 
     @staticmethod
     def _rank(runner: Eager | Parts | Vllm, batch: Batch, candidates: Sequence[list[int]], timer: StageTimer) -> Tensor:
@@ -527,6 +533,6 @@ def _load_users(path: pathlib.Path, config: ModelConfig) -> dict[str, int]:
         raise CheckpointError(f"{path}: no such file; restore it or train again") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error}); restore it or train again") from error
-    if not isinstance(users, list) or len(users) >= config.num_users:
-        raise CheckpointError(f"{path}: must list at most {config.num_users - 1} user ids; restore it or train again")
+    if not isinstance(users, list) or len(users) >= config.num_users or len(set(map(str, users))) < len(users):
+        raise CheckpointError(f"{path}: must list at most {config.num_users - 1} different user ids; restore it or train again")
     return {str(user): row for row, user in enumerate(users, 1)}

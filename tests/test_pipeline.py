@@ -13,7 +13,7 @@ import torch
 
 from hstu_lab import pipeline, strategies, tensorrt_library
 from hstu_lab.config import TASK_NAMES, preset
-from hstu_lab.event_log import History
+from hstu_lab.event_log import Catalog, History
 from hstu_lab.events import World
 from hstu_lab.model import HSTU, CheckpointError, load_checkpoint, save_checkpoint
 from hstu_lab.pipeline import Recommender, RequestError
@@ -451,6 +451,26 @@ def test_fewer_items_than_asked_for(recommender, tiny_world):
     for task in TASK_NAMES:
         for strategy in STRATEGIES:
             assert {i.row for i in recommender.recommend(history, task=task, strategy=strategy).items} == left, (task, strategy)
+
+
+def test_a_catalog_smaller_than_the_candidates_asked_for(tmp_path, tiny_world):
+    """Five items, two of them seen, all five seen: every strategy gives what is left, and nothing dies of what is not."""
+    config = preset("tiny").replace(num_items=6, side_features=())
+    torch.manual_seed(0)
+    save_checkpoint(HSTU(config), tmp_path)
+    Catalog("five", [None, *"abcde"], [None] * 6).save(tmp_path / "catalog.json")
+    (tmp_path / "users.json").write_text(json.dumps(["u1"]))
+    whole = History("u1", np.arange(1, 6), np.full(5, 2), np.arange(5) * 60, np.zeros(5), np.zeros(5, dtype=int))
+    with Recommender(tmp_path, settings=Settings(kv_cache_mb=4)) as recommender:
+        for task in TASK_NAMES:
+            for history, left in ((whole[:2], 3), (whole, 0)):
+                answers = [recommender.recommend(history, task=task, strategy=strategy) for strategy in STRATEGIES]
+                lists = [[item.item_id for item in answer.items] for answer in answers]
+                assert lists == [lists[0]] * len(STRATEGIES), (task, left, lists)
+                assert len(lists[0]) == left
+                assert ("nothing is left" in str(answers[0])) == (not left)
+                waiting = asyncio.run(recommender.recommend_async(history, task=task, strategy="vllm"))
+                assert [item.item_id for item in waiting.items] == lists[0]
 
 
 def test_an_empty_history_without_a_user_token_is_refused(tmp_path, tiny_world):
