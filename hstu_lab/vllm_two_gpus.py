@@ -15,9 +15,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-import signal
 import statistics
-import sys
 import tempfile
 import time
 import traceback
@@ -31,7 +29,7 @@ from hstu_lab.model import load_config
 from hstu_lab.vllm_bench import OPTIONS
 from hstu_lab.vllm_engine import ENVIRONMENT, EngineOptions, engine_arguments, loop_sizes
 from hstu_lab.vllm_load import TASKS, Cell, Users, random_checkpoint, random_histories, serving_config
-from hstu_lab.vllm_replicas import Replicas, keep, replica, resumed, run_parts
+from hstu_lab.vllm_replicas import Replicas, end_on_sigterm, keep, replica, resumed, run_parts
 
 PARTS = ("answers", "steps", "tensor", "data", "replicas")
 """In this order: equal lists; steps of tensor parallelism, and its rates; those of data parallelism and of engines apart."""
@@ -284,7 +282,7 @@ def main() -> int:
     if not arguments.cpu and torch.cuda.device_count() < 2:
         raise SystemExit(f"{torch.cuda.device_count()} GPUs are visible: this needs two")
     only = arguments.only.split(",")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the engines, and what they started, end as well
+    end_on_sigterm()
     with tempfile.TemporaryDirectory() as temporary:
         root = pathlib.Path(temporary)
         if arguments.cpu:
