@@ -456,7 +456,7 @@ def gpu_tests(record: measure.Record, files: list[str], workers: int) -> None:
 
 def tests(record: measure.Record) -> None:
     """The GPU tests of these kernels and of the clock."""
-    gpu_tests(record, [*sorted(map(str, pathlib.Path("tests").glob("test_triton_*.py"))), "tests/test_measure.py"], workers=14)
+    gpu_tests(record, [*sorted(map(str, pathlib.Path("tests").glob("test_triton_*.py"))), "tests/test_measure.py"], workers=24)
 
 
 PARTS = {

@@ -139,7 +139,7 @@ def _extend(d: int) -> tuple[object, dict, int, None, dict, int]:
     from hstu_lab.ops import triton_extend
 
     tiles = triton_extend.default_tiles(d)
-    arguments = {"D": d, "PAGE": 16, "BLOCK_N": tiles.block_n, "STAGES": tiles.stages, "SCALED": d == 64}
+    arguments = {"D": d, "PAGE": 16, "BLOCK_N": tiles.block_n, "STAGES": tiles.stages, "HALVES": tiles.halves, "AHEAD": tiles.ahead, "SCALED": d == 64}
     block = f"tensordesc<bf16[16, {triton_extend.WIDTH.value}],{triton_extend.SHARED.value!r}>"
     descriptors = dict.fromkeys(("KeyTiles", "ValueTiles"), block)
     return triton_extend.extend_kernel, arguments, 4, None, descriptors, tiles.maxnreg
@@ -164,7 +164,7 @@ def _specification(name: str, capability: int, d: int, length: int) -> tuple[obj
         arguments = {
             "HAS_POSITION": True, "HAS_TIME": True, "HAS_CANDIDATES": False, "LADDER": tiles.ladder, "BLOCK_M": tiles.block_m,
             "BLOCK_N": tiles.block_n, "BISECT": tiles.block_n.bit_length() - 1, "CHUNK": bias_module.CHUNK.value,
-            "SCAN": 1024 if parts == 1 else 512,
+            "SCAN": 1024 if parts == 1 else 256,
             "TABLE_BLOCK": 512, "WIDE": False, "PARTS": parts,
             "NumCandidates": None,
         }  # fmt: skip
