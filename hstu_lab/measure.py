@@ -201,6 +201,16 @@ def _sample_events(run: Callable[[], None], count: int) -> list[float]:
     return [start.elapsed_time(end) / 1e3 for start, end in pairs]
 
 
+def require_gpu() -> None:
+    """Raise SystemExit, for a program that measures a GPU, unless PyTorch sees one."""
+    if not torch.cuda.is_available():
+        recorded = ", ".join(sorted(path.name for path in _measured(None).glob("nvidia-*"))) or "no GPU"
+        raise SystemExit(
+            f"error: this measures a GPU, and PyTorch {torch.__version__} sees none; run it where there is one "
+            f"(recorded so far: {recorded}, in {_shown(_measured(None))})"
+        )
+
+
 def peak_copy_bandwidth(device: str | None = None, *, size: int | None = None) -> Measurement:
     """The ruler for memory-bound work: a plain copy inside the device's memory; see `.bytes_per_second` (read plus written).
 
