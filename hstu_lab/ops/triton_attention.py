@@ -195,9 +195,9 @@ def attention_kernel(
                 v = tl.load(v_tile + (start + n0) * v_row, mask=there[:, None], other=0.0)
             else:
                 v = tl.load(v_tile + (start + n0) * v_row, mask=there[:, None] & (value_dims[None, :] < DV), other=0.0)
-            if HAS_POSITION:
+            if HAS_POSITION and not AFTER:
                 # Without this ptxas finds the bias to be written into a product under way, and then runs every matrix
-                # instruction of the kernel one at a time (its warning C7515).
+                # instruction of the kernel one at a time (its warning C7515). Its price: a loop with a barrier is not pipelined.
                 tl.debug_barrier()
             half = tl.dot(q, k, scores, input_precision=PRECISION) * half_scale
             if HAS_POSITION and AFTER:

@@ -388,8 +388,7 @@ def plan(
         thresholds, cells = bucket_tables(bias.time.shape[1], device)
         tables |= {
             "steps": new(heads, 256, dtype=torch.float32), "lut": new(heads, CELLS.value, 4), "relative": new(total),
-            "fast_tiles": new(batch, max_tiles, parts), "ordered": new(batch, parts), "lowest": new(batch, max_tiles, max_tiles_k),
-            "bounds": new(batch, max_tiles, max_tiles_k, tiles.block_m), "thresholds": thresholds,
-            "cells": cells,
+            "fast_tiles": new(batch, max_tiles, parts), "ordered": new(batch, parts), "thresholds": thresholds, "cells": cells,
+            "lowest": new(batch, max_tiles, max_tiles_k), "bounds": new(batch, max_tiles, max_tiles_k, tiles.block_m),
         }  # fmt: skip
     return Plan(max_tiles, max_tiles_k, origin, table_len, after=tiles.after, parts=parts, **tables)

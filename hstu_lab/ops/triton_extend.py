@@ -32,14 +32,14 @@ copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 @dataclasses.dataclass(frozen=True)
 class ExtendTiles:
     """Key rows of a tile, tiles of keys held in shared memory, registers a thread at the start (the warps that compute take over
-    those of the copying one), programs that an SM holds, halves of QUERIES queries a program, parts that the keys are split into."""
+    those of the copying one), programs that an SM holds, times QUERIES queries of a program (1 or, of heads 64 wide, 2), parts
+    that the keys are split into."""
 
     block_n: int
     stages: int
     maxnreg: int
     resident: int
     halves: int = 1
-    ahead: bool = False
     splits: int = 1
 
     @property
@@ -56,16 +56,13 @@ def silu_of_half(half):
 
 @gluon.jit
 def rows_of(table, n0, last_page, PAGE: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Rows where the keys n0 .. n0 + BLOCK_N lie, page by page; without pages (PAGE 0) they follow the row `table`."""
-    ROWS: gl.constexpr = PAGE if PAGE > 0 and PAGE < BLOCK_N else BLOCK_N
+    """Rows of the cache where the pages of keys n0 .. n0 + BLOCK_N lie."""
+    ROWS: gl.constexpr = PAGE if PAGE < BLOCK_N else BLOCK_N
     rows = ()
-    if PAGE == 0:
-        rows = (table + n0,)
-    else:
-        for piece in gl.static_range(BLOCK_N // ROWS):
-            key = n0 + piece * ROWS
-            page = gl.load(table + gl.minimum(key // PAGE, last_page)).to(gl.int32)
-            rows = rows + (page * PAGE + key % PAGE,)  # noqa: RUF005 - Triton knows no star
+    for piece in gl.static_range(BLOCK_N // ROWS):
+        key = n0 + piece * ROWS
+        page = gl.load(table + gl.minimum(key // PAGE, last_page)).to(gl.int32)
+        rows = rows + (page * PAGE + key % PAGE,)  # noqa: RUF005 - Triton knows no star
     return rows
 
 
@@ -75,7 +72,7 @@ def feed(
     PAGE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The copying warp: tiles of keys and values into buffers as they fall free."""
-    ROWS: gl.constexpr = PAGE if PAGE > 0 and PAGE < BLOCK_N else BLOCK_N
+    ROWS: gl.constexpr = PAGE if PAGE < BLOCK_N else BLOCK_N
     PARTS: gl.constexpr = D // WIDTH
     keys_ready, keys_free, values_ready, values_free = barriers
     rows = rows_of(table, first, last_page, PAGE, BLOCK_N)
@@ -114,46 +111,6 @@ def key_scores(queries, keys, half, slot, zeros, PARTS: gl.constexpr, WAIT: gl.c
 def weights_of(scores, half_scale, SCALED: gl.constexpr, dtype: gl.constexpr, layout: gl.constexpr):
     """SiLU of the scores, as the left side of the product with the values."""
     return gl.convert_layout(silu_of_half(scores if SCALED else scores * half_scale).to(dtype), layout)
-
-
-@gluon.jit
-def ahead(
-    queries, keys, values, barriers, acc, zeros, fast, half_scale, D: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr,
-    dtype: gl.constexpr, weights_layout: gl.constexpr,
-):  # fmt: skip
-    """acc after `fast` tiles that every query sees whole: while a tile is at its SiLU, the tensor cores have the scores of the
-    next and the product with the values of the one before to do."""
-    PARTS: gl.constexpr = D // WIDTH
-    keys_ready, keys_free, values_ready, values_free = barriers
-    left, right = hopper.warpgroup_mma_init(acc[0]), hopper.warpgroup_mma_init(acc[PARTS - 1])
-    mbarrier.wait(keys_ready.index(0), 0, pred=fast > 0)
-    scores = key_scores(queries, keys, 0, 0, zeros, PARTS, True)
-    for i in range(0, fast):
-        slot = i % STAGES
-        following = (i + 1) % STAGES
-        # After the last tile these are products of what the buffer holds by chance, and nobody reads them.
-        mbarrier.wait(keys_ready.index(following), (i + 1) // STAGES & 1, pred=i + 1 < fast)
-        coming = key_scores(queries, keys, 0, following, zeros, PARTS, False)
-        weights = weights_of(scores, half_scale, SCALED, dtype, weights_layout)
-        mbarrier.wait(values_ready.index(slot), i // STAGES & 1)
-        if PARTS == 1:
-            coming, left = hopper.warpgroup_mma_wait(0, [coming, left])
-        else:
-            coming, left, right = hopper.warpgroup_mma_wait(0, [coming, left, right])
-        synchronize()
-        mbarrier.arrive(keys_free.index(slot))
-        mbarrier.arrive(values_free.index((i + STAGES - 1) % STAGES), pred=i > 0)
-        left = hopper.warpgroup_mma(weights, values.index(slot * PARTS), left, is_async=True)
-        if PARTS == 2:
-            right = hopper.warpgroup_mma(weights, values.index(slot * 2 + 1), right, is_async=True)
-        scores = coming
-    if PARTS == 1:
-        acc = (hopper.warpgroup_mma_wait(0, [left]),)
-    else:
-        acc = hopper.warpgroup_mma_wait(0, [left, right])
-    synchronize()
-    mbarrier.arrive(values_free.index((fast + STAGES - 1) % STAGES), pred=fast > 0)
-    return acc
 
 
 @gluon.jit
@@ -232,7 +189,7 @@ def in_turns(
 def attend(
     Q, Out, queries, keys, values, barriers, q_row, q_head, total, heads, head, split, start, count, m0, seq_len, first, end,
     full, tiles, half_scale, out_scale, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
-    SCALED: gl.constexpr, AHEAD: gl.constexpr,
+    SCALED: gl.constexpr,
 ):  # fmt: skip
     """The four computing warps."""
     PARTS: gl.constexpr = D // WIDTH
@@ -262,8 +219,6 @@ def attend(
     fast = gl.maximum(gl.minimum(end, full) - first, 0) // BLOCK_N
     if HALVES == 2:
         acc = in_turns(queries, keys, values, barriers, acc, zeros, fast, half_scale, STAGES, SCALED, dtype, weights_layout)
-    elif AHEAD:
-        acc = ahead(queries, keys, values, barriers, acc, zeros, fast, half_scale, D, STAGES, SCALED, dtype, weights_layout)
     else:
         acc = one_by_one(queries, keys, values, barriers, acc, zeros, fast, half_scale, D, STAGES, SCALED, dtype, weights_layout)
 
@@ -276,13 +231,14 @@ def attend(
         n0 = first + i * BLOCK_N
         mbarrier.wait(keys_ready.index(slot), i // STAGES & 1)
         mbarrier.wait(values_ready.index(slot), i // STAGES & 1)
-        for part in gl.static_range(PARTS):
+        if n0 + BLOCK_N > end:
             # Slots that no token was written to may hold anything, and 0 x NaN is NaN.
-            v = values.index(slot * PARTS + part)
-            read = v.load(load_layout)
-            v.store(gl.where((value_rows < end - n0)[:, None], read, 0.0))
-        hopper.fence_async_shared()
-        synchronize()
+            for part in gl.static_range(PARTS):
+                v = values.index(slot * PARTS + part)
+                read = v.load(load_layout)
+                v.store(gl.where((value_rows < end - n0)[:, None], read, 0.0))
+            hopper.fence_async_shared()
+            synchronize()
         for half in gl.static_range(HALVES):
             scores = key_scores(queries, keys, half, slot, zeros, PARTS, True)
             if not SCALED:
@@ -314,7 +270,7 @@ def attend(
 def extend_kernel(
     Q, KeyTiles, ValueTiles, Out, BlockTable, QueryOffsets, SeqLens, q_row, q_head, k_head, v_head, table_row, total, heads,
     tiles_m, splits, half_scale, out_scale, D: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, HALVES: gl.constexpr, SCALED: gl.constexpr, AHEAD: gl.constexpr,
+    STAGES: gl.constexpr, HALVES: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """HALVES * QUERIES queries of one (sequence, head) against one part of the cached keys; Out is (splits, total, heads, D).
 
@@ -329,19 +285,15 @@ def extend_kernel(
     m0 = (tiles_m - 1 - gl.program_id(1) % tiles_m) * BLOCK_M
     start = gl.load(QueryOffsets + b).to(gl.int64)
     count = (gl.load(QueryOffsets + b + 1) - start).to(gl.int32)
-    seq_len = count if PAGE == 0 else gl.load(SeqLens + b).to(gl.int32)
+    seq_len = gl.load(SeqLens + b).to(gl.int32)
     visible = gl.minimum(seq_len, seq_len - count + m0 + BLOCK_M)
     full = gl.minimum(seq_len, seq_len - count + m0 + 1)
     per_split = ((visible + BLOCK_N - 1) // BLOCK_N + splits - 1) // splits * BLOCK_N
     first = split * per_split
     end = gl.where(m0 < count, gl.minimum(visible, first + per_split), first)
     tiles = gl.maximum((end - first + BLOCK_N - 1) // BLOCK_N, 0)
-    if PAGE == 0:
-        last_page = seq_len
-        table = start.to(gl.int32)
-    else:
-        last_page = gl.maximum(seq_len - 1, 0) // PAGE
-        table = BlockTable + b.to(gl.int64) * table_row
+    last_page = gl.maximum(seq_len - 1, 0) // PAGE
+    table = BlockTable + b.to(gl.int64) * table_row
 
     queries = gl.allocate_shared_memory(dtype, [HALVES * PARTS, QUERIES, WIDTH], SHARED)
     keys = gl.allocate_shared_memory(dtype, [STAGES * PARTS, BLOCK_N, WIDTH], SHARED)
@@ -360,7 +312,7 @@ def extend_kernel(
         [
             (attend, (
                 Q, Out, queries, keys, values, barriers, q_row, q_head, total, heads, head, split, start, count, m0, seq_len,
-                first, end, full, tiles, half_scale, out_scale, D, BLOCK_N, STAGES, HALVES, SCALED, AHEAD,
+                first, end, full, tiles, half_scale, out_scale, D, BLOCK_N, STAGES, HALVES, SCALED,
             )),
             (feed, (
                 KeyTiles, ValueTiles, table, keys, values, barriers, first, tiles, last_page, head * k_head, head * v_head, D,
@@ -377,26 +329,22 @@ def takes(dtype: torch.dtype, d: int, dv: int, page: int) -> bool:
     return dtype != torch.float32 and d == dv and d in (64, 128) and page >= 8
 
 
-def default_tiles(d: int) -> ExtendTiles:
-    """Tiles that were fastest on an H200 among those tried, before any split."""
-    return ExtendTiles(64, 6, 112, 2, halves=2) if d <= 64 else ExtendTiles(64, 3, 128, 2)
+def default_tiles(d: int, pairs: int, max_queries: int, processors: int) -> ExtendTiles:
+    """Tiles that were fastest on an H200 among those tried, before any split; `pairs` is sequences times heads.
+
+    Two halves a program where programs of one half would not all be on the GPU at once, and these are.
+    """
+    if d > 64:
+        return ExtendTiles(64, 3, 128, 2)
+    one, two = ExtendTiles(64, 4, 80, 3), ExtendTiles(64, 6, 112, 2, halves=2)
+    rounds = [pairs * -(-max_queries // tiles.block_m) / (tiles.resident * processors) for tiles in (one, two)]
+    return two if rounds[1] <= 1 < rounds[0] else one
 
 
 def _tiles_of(cache: Tensor, d: int, rows: int) -> TensorDescriptor:
     """Rows of all heads (..., heads, d), read in tiles of `rows` rows and WIDTH columns."""
     count, columns = cache.shape[:-2].numel(), (cache.shape[-2] - 1) * cache.stride(-2) + d
     return TensorDescriptor(cache, [count, columns], [cache.stride(-3), 1], [rows, WIDTH.value], SHARED.value)
-
-
-def launch_jagged(q: Tensor, k: Tensor, v: Tensor, out: Tensor, offsets: Tensor, *, divisor: float, max_len: int, tiles: ExtendTiles):
-    """Causal attention of jagged sequences (T, H, d); shapes as in `hstu_lab.ops.triton_attention.attention_jagged`."""
-    total, heads, d = q.shape
-    tiles_m = -(-max_len // tiles.block_m)
-    extend_kernel[(heads, (len(offsets) - 1) * tiles_m)](
-        q, *(_tiles_of(x, d, tiles.block_n) for x in (k, v)), out, None, offsets, None, *q.stride()[:2], k.stride(1), v.stride(1),
-        0, total, heads, tiles_m, 1, 0.5 * d**-0.5, 1 / divisor, D=d, PAGE=0, BLOCK_N=tiles.block_n, STAGES=tiles.stages,
-        HALVES=tiles.halves, SCALED=d == 64, AHEAD=tiles.ahead, num_warps=4, maxnreg=tiles.maxnreg,
-    )  # fmt: skip
 
 
 def launch(
@@ -412,5 +360,5 @@ def launch(
     extend_kernel[(heads * tiles.splits, (len(query_offsets) - 1) * tiles_m)](
         q, *descriptors, parts, block_table, query_offsets, seq_lens, *q.stride()[:2], key_cache.stride(2), value_cache.stride(2),
         block_table.stride(0), total, heads, tiles_m, tiles.splits, 0.5 * d**-0.5, 1 / divisor, D=d, PAGE=page,
-        BLOCK_N=tiles.block_n, STAGES=tiles.stages, HALVES=tiles.halves, SCALED=d == 64, AHEAD=tiles.ahead, num_warps=4, maxnreg=tiles.maxnreg,
+        BLOCK_N=tiles.block_n, STAGES=tiles.stages, HALVES=tiles.halves, SCALED=d == 64, num_warps=4, maxnreg=tiles.maxnreg,
     )  # fmt: skip
