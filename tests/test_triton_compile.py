@@ -86,7 +86,7 @@ def test_matrix_instructions_follow_each_other(name, d):
     assert kernel.instructions("WARPGROUP.ARRIVE") < kernel.instructions("HGMMA") / 2
 
 
-@pytest.mark.parametrize("d, length, products", [(64, 512, 8), (64, 256, 16), (128, 512, 16)])
+@pytest.mark.parametrize(("d", "length", "products"), [(64, 512, 8), (64, 256, 16), (128, 512, 16)])
 def test_chunks_on_hopper_are_copied_beside_the_loop(d, length, products):
     """The warps that compute load nothing; 256 queries of heads 64 wide are two halves that share what is copied."""
     kernel = triton_compile.compile_kernel("extend", 90, d, length)
@@ -98,7 +98,7 @@ def test_chunks_on_hopper_are_copied_beside_the_loop(d, length, products):
     assert kernel.spilled_bytes == 0
 
 
-@pytest.mark.parametrize("d, length", [(64, 4096), (128, 4096), (128, 1024)])
+@pytest.mark.parametrize(("d", "length"), [(64, 4096), (128, 4096), (128, 1024)])
 def test_tiles_that_are_looked_up_pair_by_pair_are_pipelined(d, length):
     """With both biases no barrier stands between them and the copies that run ahead (in bytes, not by the accelerator)."""
     kernel = triton_compile.compile_kernel("attention_bias", 90, d, length)
