@@ -113,6 +113,8 @@ def _read(path, catalog, options: argparse.Namespace):
 
 def _batch(recommender, histories, options: argparse.Namespace) -> int:
     """One JSON line a user; a user that cannot be served is reported on stderr and the others are."""
+    from tqdm import tqdm
+
     from hstu_lab.event_log import printable
     from hstu_lab.pipeline import RequestError
 
@@ -125,16 +127,21 @@ def _batch(recommender, histories, options: argparse.Namespace) -> int:
             print(f"error: {error}", file=sys.stderr)
         else:
             good.append(history)
-    answers = recommender.recommend_batch(good) if good else []
-    for answer in answers:
-        if options.json:
-            print(json.dumps(answer.to_dict()))
-        else:
-            print(printable(f"{answer.user}: " + ", ".join(item.title for item in answer.items)))
-    print(f"{len(answers)} users served, {failed} not", file=sys.stderr)
-    if not options.json and answers:
+    strategy, size = None, recommender.settings.batch_size
+    hidden = sys.stdout.isatty() or not sys.stderr.isatty()  # on a terminal the lines themselves tell how far it is
+    with tqdm(total=len(good), unit=" users", disable=hidden) as bar:
+        for start in range(0, len(good), size):  # an answer is printed when it is there, and stays if the rest is interrupted
+            for answer in recommender.recommend_batch(good[start : start + size], strategy=strategy):
+                strategy = answer.strategy
+                if options.json:
+                    print(json.dumps(answer.to_dict()), flush=True)
+                else:
+                    print(printable(f"{answer.user}: " + ", ".join(item.title for item in answer.items)), flush=True)
+                bar.update()
+    print(f"{len(good)} users served, {failed} not", file=sys.stderr)
+    if not options.json and good:
         print("\n" + recommender.telemetry.table())
-    return 0 if answers else 2
+    return 0 if good else 2
 
 
 def _measure(recommender, histories, settings, options: argparse.Namespace) -> int:

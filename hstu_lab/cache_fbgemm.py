@@ -31,14 +31,15 @@ class UvmTable:
 
     location: DEVICE (the whole table in GPU memory), MANAGED, MANAGED_CACHING, or HOST, which is read on the CPU. capacity: rows
     to keep with MANAGED_CACHING, rounded down to whole sets. algorithm: "LRU" or "LFU". training: the operator that models are
-    trained with (it writes evicted rows back), else the one of quantised inference. bag: ids that one warp reads in
-    turn.
+    trained with (it writes evicted rows back), else the one of quantised inference. host_mapped: memory that the CPU owns and the
+    GPU reads (cudaHostRegister) instead of cudaMallocManaged. bag: ids that one warp reads in turn.
 
     Rows are copied from `table`. Raises ValueError for a capacity of less than one set.
     """
 
     def __init__(
-        self, table: Tensor, location: str, capacity: int = 0, algorithm: str = "LRU", *, training: bool = False, bag: int = 1
+        self, table: Tensor, location: str, capacity: int = 0, algorithm: str = "LRU", *, training: bool = False,
+        host_mapped: bool = False, bag: int = 1,
     ):  # fmt: skip
         from fbgemm_gpu import split_table_batched_embeddings_ops_common as common
         from fbgemm_gpu.split_embedding_configs import SparseType
@@ -50,7 +51,7 @@ class UvmTable:
         options = {
             "pooling_mode": common.PoolingMode.NONE, "output_dtype": SparseType.FP16, "device": torch.device(device),
             "bounds_check_mode": common.BoundsCheckMode.NONE, "cache_algorithm": common.CacheAlgorithm[algorithm],
-            "cache_sets": capacity // WAYS,
+            "cache_sets": capacity // WAYS, "uvm_host_mapped": host_mapped,
         }  # fmt: skip
         self.bag, self.caches = bag, location == "MANAGED_CACHING"
         self._offsets: dict[tuple[int, int], Tensor] = {}

@@ -368,22 +368,33 @@ class Watch:
         self._known = new_knowledge(num_items, num_users, capacity)
 
     def see(self, items: np.ndarray, user: int, now: int) -> None:
-        """One request: rows items (T,) int64 that a user asks for at Unix second now. Raises ValueError where time goes back."""
+        """One request: rows items (T,) that a user asks for at Unix second now. Raises ValueError for an id that is out of range
+        and where time goes back."""
+        items = self._in_range(items)
+        if not 0 <= user < len(self._known.user):
+            raise ValueError(f"user {user}: this watch was made for users 0 to {len(self._known.user) - 1}")
         if self._now is not None and now < self._now:
             raise ValueError(f"a request at {now} after one at {self._now}: tell them in order of time")
         _see(self._known, self.accesses, items, user, now, now - (now if self._now is None else self._now))
         self.accesses, self._now = self.accesses + len(items), now
 
     def outlook(self, rows: np.ndarray | None = None) -> np.ndarray:
-        """For rows (R,) int64, by default all of the table: (R,) float32 for `HotCache.prioritise`, -inf for one never asked for.
+        """For rows (R,), by default all of the table: (R,) float32 for `HotCache.prioritise`, -inf for one never asked for.
 
-        It holds for the moment: rows of users who have just been are wanted, those of users who stay away go stale.
+        It holds for the moment: rows of users who have just been are wanted, those of users who stay away go stale. Raises
+        ValueError for a row that is out of range.
         """
-        rows = np.arange(len(self._known.row)) if rows is None else rows
+        rows = np.arange(len(self._known.row)) if rows is None else self._in_range(rows)
         expected = np.full(len(rows), -np.inf, np.float32)
         if self.accesses:
             _outlook(self._known, rows, self.accesses, self._now, self.network.smooth, self.network.scale, expected)
         return expected
+
+    def _in_range(self, rows: np.ndarray) -> np.ndarray:
+        rows = np.ascontiguousarray(rows, np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self._known.row):
+            raise ValueError(f"rows {rows.min()} to {rows.max()}: this watch was made for rows 0 to {len(self._known.row) - 1}")
+        return rows
 
 
 def play(

@@ -258,8 +258,9 @@ class Worker:
     async def warm_up(self) -> dict:
         """Answer once in each task; returns what /ready tells."""
         config = self.recommender.config
+        item = next(id for id in self.recommender.catalog.ids if id is not None)
         for task in ("topk", "slate"):
-            await self.recommend({"user": "", "task": task, "items": ["?"], "actions": [1], "timestamps": [0]})
+            await self.recommend({"user": "", "task": task, "items": [item], "actions": [1], "timestamps": [0]})
         return {
             "strategy": self.settings.strategy, "engines": self.runner.engines, "preset": config.preset, "pid": os.getpid(),
             "max_history": config.max_history, "slate_size": config.slate_size, "token_limit": config.token_limit,

@@ -144,6 +144,11 @@ class Catalog:
             for field, values in (("ids", ids), ("titles", titles)):
                 if type(values) is not list or not all(value is None or type(value) is str for value in values):
                     raise EventsError(f"{path}: {field} is not a list of texts and nulls: {remedy}")
+            if type(name) is not str:
+                raise EventsError(f"{path}: name is {name!r}, not text: {remedy}")
+            known = [id for id in ids if id is not None]
+            if ids[:1] != [None] or len(set(known)) < len(known):
+                raise EventsError(f"{path}: ids must begin with null, which is no item, and name every item once: {remedy}")
             for field, values in (("titles", titles), *features.items()):
                 if len(values) != len(ids):
                     raise EventsError(f"{path}: {field} has {len(values)} values for {len(ids)} ids: {remedy}")

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from hstu_lab import ops as operators
 from hstu_lab.batching import Batcher
-from hstu_lab.config import ACTIONS, TASK_NAMES, TASKS, ModelConfig
+from hstu_lab.config import ACTIONS, TASK_NAMES, TASKS, ConfigError, ModelConfig
 from hstu_lab.event_log import printable
 from hstu_lab.events import MOVIELENS, Catalog, History
 from hstu_lab.hot_cache import CachedRows, CacheStats
@@ -444,7 +444,12 @@ class Recommender:
         if self._engine is None:
             from hstu_lab.vllm_engine import Engine, EngineOptions
 
-            settings = self.settings
+            settings, least = self.settings, self.config.max_seq_len + 2  # a history, the mark behind it, a candidate
+            if not settings.enable_chunked_prefill and settings.max_num_batched_tokens < least:
+                raise ConfigError(
+                    f"setting max_num_batched_tokens is {settings.max_num_batched_tokens}: without enable_chunked_prefill a step "
+                    f"takes a whole request of preset {self.config.preset}, give at least {least}"
+                )
             options = EngineOptions(
                 kv_cache_memory_bytes=settings.kv_cache_mb << 20,
                 block_size=settings.block_size,

@@ -95,7 +95,7 @@ def load_settings(config_file: str | pathlib.Path | None = None, **flags) -> Set
         model_config = SettingsConfigDict(toml_file=path)
 
     try:
-        return FromFile(**given)
+        settings = FromFile(**given)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML ({error}); see `python -m hstu_lab recommend --help` for the fields") from error
     except ValidationError as error:
@@ -106,6 +106,9 @@ def load_settings(config_file: str | pathlib.Path | None = None, **flags) -> Set
         known = field in Settings.model_fields
         problem = first["msg"] if known else f"there is no such field; known fields: {', '.join(Settings.model_fields)}"
         raise ConfigError(f"setting {field} ({source}) is {first['input']!r}: {problem}") from error
+    if (tokens := settings.max_num_batched_tokens) < (most := settings.max_num_seqs):
+        raise ConfigError(f"setting max_num_batched_tokens is {tokens}: give at least max_num_seqs, {most}, or lower that")
+    return settings
 
 
 def configure_logging(level: str, file: str | pathlib.Path | None) -> None:

@@ -22,8 +22,6 @@ import os
 import pathlib
 import pstats
 import re
-import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +34,7 @@ from hstu_lab.candidate_bench import stack_process
 from hstu_lab.measure import Measurement, Record
 from hstu_lab.vllm_engine import Engine, EngineOptions
 from hstu_lab.vllm_load import TASKS, Cell, random_checkpoint, random_histories, seconds_of, serving_config
-from hstu_lab.vllm_replicas import Replicas, keep, load, resumed, run_parts, shared_gpu
+from hstu_lab.vllm_replicas import Replicas, end_on_sigterm, keep, load, resumed, run_parts, shared_gpu
 
 HISTORIES = (128, 256, 512, 1024)
 OPTIONS = EngineOptions(
@@ -361,7 +359,7 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="a small model without a GPU, to try this program; no record")
     arguments = parser.parse_args()
     only = arguments.only.split(",")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the engines, and what they started, end as well
+    end_on_sigterm()
     with tempfile.TemporaryDirectory() as temporary, shared_gpu() if arguments.mps else contextlib.nullcontext():
         root = pathlib.Path(temporary)
         if arguments.cpu:

@@ -354,6 +354,16 @@ class Replicas:
                 member.end(max(deadline - time.monotonic(), 0))
 
 
+def end_on_sigterm() -> None:
+    """Let SIGTERM end this program as an exception would, so that the engines, and what they started, end as well."""
+
+    def stop(*_) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # timeout(1) tells a program and its process group: twice
+        sys.exit("stopped")
+
+    signal.signal(signal.SIGTERM, stop)
+
+
 def resumed(record: Record, out: pathlib.Path | None) -> Record:
     """`record` with what one of that name in `out` holds, if it is of the same device and versions; for a run of some parts."""
     old = measure.earlier(record, out)

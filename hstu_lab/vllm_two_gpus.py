@@ -15,12 +15,11 @@ import dataclasses
 import functools
 import os
 import pathlib
-import signal
-import sys
+import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -30,10 +29,12 @@ from hstu_lab.model import load_config
 from hstu_lab.vllm_bench import OPTIONS
 from hstu_lab.vllm_engine import ENVIRONMENT, EngineOptions, engine_arguments, loop_sizes
 from hstu_lab.vllm_load import TASKS, Cell, Users, random_checkpoint, random_histories, serving_config
-from hstu_lab.vllm_replicas import Replicas, keep, replica, resumed, run_parts
+from hstu_lab.vllm_replicas import Replicas, end_on_sigterm, keep, replica, resumed, run_parts
 
-PARTS = ("answers", "tensor", "data", "replicas")
-"""In this order: equal lists; steps and rate of tensor parallelism; rate of data parallelism; rate of independent engines."""
+PARTS = ("answers", "steps", "tensor", "data", "replicas")
+"""In this order: equal lists; steps of tensor parallelism, and its rates; those of data parallelism and of engines apart."""
+TURNS = 2
+"""Loads by which two ways are compared, in turns; one before them meets what is compiled, or read from disk, at first use."""
 EXACT = EngineOptions(
     kv_cache_memory_bytes=1 << 30, dtype="float32", ops="triton", cuda_graphs="FULL", prompt_embeds=False, graph_tokens=256,
 )  # fmt: skip
@@ -143,7 +144,7 @@ class TwoGpus:
         }  # fmt: skip
         self.small = random_checkpoint(serving_config("small"), root / "small", torch.float32)
         self.large = random_checkpoint(serving_config(preset), root / preset, dtype)
-        self.start, self.patience = time.monotonic(), patience
+        self.start, self.patience, self.up = time.monotonic(), patience, {}
         two = functools.partial(dataclasses.replace, tensor_parallel_size=2)
         ways = {
             "answers": {
@@ -160,7 +161,7 @@ class TwoGpus:
                 for name, (target, *arguments) in each.items()
             }
             for part, each in ways.items()
-            if part in only
+            if part in only or (part == "tensor" and "steps" in only)
         }
 
     def _engine(self, folder: pathlib.Path, options: EngineOptions, number: int = 0, total: int = 1, gpu: int | None = None):
@@ -190,17 +191,35 @@ class TwoGpus:
 
     def _ready(self, part: str) -> dict[str, Replicas]:
         """The engines of a part that are up in time; what keeps the others is printed."""
+        if part in self.up:
+            return self.up[part]
         for name, group in self.ways[part].items():
             print(f"{part}: {name}", end=": ", flush=True)
             with contextlib.suppress(RuntimeError):
                 group.start(max(self.start + self.patience - time.monotonic(), 0))
         late = self.record.data.setdefault("not up in time", {})
         late[part] = [name for name, group in self.ways[part].items() if group.every[0].gone]
-        return {name: group for name, group in self.ways[part].items() if not group.every[0].gone}
+        self.up[part] = {name: group for name, group in self.ways[part].items() if not group.every[0].gone}
+        return self.up[part]
 
-    def _rate(self, name: str, rate: float) -> None:
+    def _rate(self, name: str, rate: float, samples: Sequence[float] = ()) -> None:
         self.record.data.setdefault("requests/s", {})[name] = rate
-        print(f"{name:56s} {rate:7.0f} requests/s", flush=True)
+        if samples:
+            self.record.data.setdefault("requests/s, each load", {})[name] = list(samples)
+        print(f"{name:56s} {rate:7.0f} requests/s  {[round(x) for x in samples] or ''}", flush=True)
+
+    def _load(self, cell: Cell, group: Replicas) -> float:
+        seen = group.run(cell, self.seconds)
+        if names := seen.get("compiled"):
+            print(f"{cell}: {', '.join(names)} compiled in its window", flush=True)
+        return seen["requests/s"]
+
+    def _compare(self, name: str, groups: Mapping[str, Replicas], once: Callable[[Replicas], float]) -> None:
+        """The mean of what each says, in turns, so that whatever grows warm with time favours none."""
+        rates = [{way: once(group) for way, group in groups.items()} for _ in range(1 + TURNS)][1:]
+        for way in groups:
+            samples = [turn[way] for turn in rates]
+            self._rate(f"{name}, {way}", statistics.mean(samples), samples)
 
     def answers(self) -> None:
         """How many lists of each way equal the first way's, which is one engine on one GPU."""
@@ -214,20 +233,23 @@ class TwoGpus:
                 self.record.data.setdefault("equal lists", {})[f"{name}, {task}"] = f"{equal} of {len(wanted)}"
                 print(f"{name:28s} {task:6s} lists equal: {equal} of {len(wanted)}", flush=True)
 
-    def tensor(self) -> None:
-        """Steps and throughput of one engine on one GPU and, tensor parallel, on two."""
+    def steps(self) -> None:
+        """Steps of one engine on one GPU and, tensor parallel, on two."""
         for name, group in self._ready("tensor").items():
             found = group.tell("step")[0]
             keep(self.record, [dataclasses.replace(m, name=f"{m.name}, one engine, {name}") for m in found])
-            for cell in (*self.cells, self.long):
-                group.run(cell, self.seconds / 2)  # whatever must be compiled yet is
-                self._rate(f"{cell}, one engine, {name}", group.run(cell, self.seconds)["requests/s"])
+
+    def tensor(self) -> None:
+        """Requests/s of one engine on one GPU and, tensor parallel, on two."""
+        groups = self._ready("tensor")
+        for cell in (*self.cells, self.long):
+            self._compare(f"{cell}, one engine", groups, functools.partial(self._load, cell))
 
     def data(self) -> None:
         """Requests/s through vLLM's asynchronous front end, over one engine and, data parallel, two."""
-        for name, group in self._ready("data").items():
-            for cell in (self.cells[0], self.long):
-                self._rate(f"{cell}, vLLM's front end, {name}", group.tell("rate", cell, 256, self.seconds)[0])
+        groups = self._ready("data")
+        for cell in (self.cells[0], self.long):
+            self._compare(f"{cell}, vLLM's front end", groups, lambda g, cell=cell: g.tell("rate", cell, 256, self.seconds)[0])
 
     def replicas(self) -> None:
         """Requests/s of independent engines that share one GPU, and of as many on each of two."""
@@ -260,7 +282,7 @@ def main() -> int:
     if not arguments.cpu and torch.cuda.device_count() < 2:
         raise SystemExit(f"{torch.cuda.device_count()} GPUs are visible: this needs two")
     only = arguments.only.split(",")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the engines, and what they started, end as well
+    end_on_sigterm()
     with tempfile.TemporaryDirectory() as temporary:
         root = pathlib.Path(temporary)
         if arguments.cpu:

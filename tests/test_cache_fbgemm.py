@@ -46,13 +46,13 @@ def test_the_benchmark_records_why_it_did_not_compare(monkeypatch, capsys):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(
-    ("location", "algorithm"), [("DEVICE", "LRU"), ("MANAGED", "LRU"), ("MANAGED_CACHING", "LRU"), ("MANAGED_CACHING", "LFU")]
-)
-def test_rows_on_a_gpu_are_the_table_s_while_they_come_and_go(location, algorithm, training):
+@pytest.mark.parametrize(("location", "options"), [("DEVICE", {}), ("MANAGED", {}), ("MANAGED", {"host_mapped": True}),
+                         ("MANAGED_CACHING", {}), ("MANAGED_CACHING", {"algorithm": "LFU"}),
+                         ("MANAGED_CACHING", {"host_mapped": True})])  # fmt: skip
+def test_rows_on_a_gpu_are_the_table_s_while_they_come_and_go(location, options, training):
     if reason := cache_fbgemm.missing():
         pytest.skip(reason)
-    store = UvmTable(TABLE, location, 1024, algorithm, training=training)
+    store = UvmTable(TABLE, location, 1024, training=training, **options)
     draws = torch.Generator().manual_seed(2)
     for _ in range(20):
         ids = torch.randint(0, len(TABLE), (512,), generator=draws)

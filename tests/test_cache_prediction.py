@@ -74,6 +74,14 @@ def test_on_line_it_expects_what_it_expects_in_a_simulation(played, requests):
     assert np.isfinite(watch.outlook()).sum() > 100
     with pytest.raises(ValueError, match="in order of time"):
         watch.see(some, 0, second - 1)
+    for wrong in (-1, requests.num_items):
+        with pytest.raises(ValueError, match="made for rows 0 to"):
+            watch.see(np.array([5, wrong]), 0, second)
+        with pytest.raises(ValueError, match="made for rows 0 to"):
+            watch.outlook(np.array([wrong]))
+    with pytest.raises(ValueError, match="made for users 0 to"):
+        watch.see(some, int(requests.users.max()) + 1, second)
+    assert np.array_equal(watch.outlook(), played.outlook), "a refused request left a trace"
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -138,6 +138,24 @@ def test_good_users_are_served_and_bad_rows_counted(run, events, tmp_path):
     assert {reject["field"] for reject in rejects} >= {"action", "timestamp", "item"}
 
 
+def test_a_batch_prints_as_it_goes_and_keeps_what_it_has(run, events, monkeypatch):
+    from hstu_lab.pipeline import Recommender
+
+    whole, calls = Recommender.recommend_batch, []
+
+    def batch(self, histories, **names):
+        calls.append((len(histories), names.get("strategy")))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(self, histories, **names)
+
+    monkeypatch.setattr(Recommender, "recommend_batch", batch)
+    status, out, err = run("--events", events, "--mode", "batch", "--batch-size", "5", "--json")
+    assert (status, err) == (130, "interrupted\n")
+    assert len({json.loads(line)["user"] for line in out.splitlines()}) == 10
+    assert calls == [(5, None), (5, "eager"), (2, "eager")]
+
+
 def test_a_long_history_is_cut_and_said(run, tmp_path, tiny_world):
     path = tmp_path / "long.jsonl"
     ids = tiny_world.catalog.ids
@@ -244,6 +262,15 @@ def test_settings_in_another_encoding_are_one_line(run, events, tmp_path):
 def test_a_variable_that_is_set_to_nothing_is_not_set(run, events, monkeypatch):
     monkeypatch.setenv("HSTU_LAB_EVENTS", "")
     monkeypatch.setenv("HSTU_LAB_BATCH_SIZE", "")
+    assert run("--events", events)[0] == 0
+
+
+def test_a_step_of_fewer_tokens_than_requests_is_refused_before_vllm_is_asked(run, events, monkeypatch):
+    monkeypatch.setenv("HSTU_LAB_MAX_NUM_BATCHED_TOKENS", "16")
+    assert run("--events", events) == (
+        2, "", "error: setting max_num_batched_tokens is 16: give at least max_num_seqs, 64, or lower that\n",
+    )  # fmt: skip
+    monkeypatch.setenv("HSTU_LAB_MAX_NUM_SEQS", "16")
     assert run("--events", events)[0] == 0
 
 

@@ -8,8 +8,10 @@ import time
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from hstu_lab.config import preset
 from hstu_lab.engine_process import EngineBroken, EngineProcess, EngineRefused, EngineUnavailable, _cache_lines
 from hstu_lab.hot_cache import CacheStats
+from hstu_lab.model import HSTU, save_checkpoint
 
 BODY = {"user": "u1", "task": "topk", "items": ["i1", "i2"], "actions": [1, 2], "timestamps": [10, 20]}
 
@@ -51,6 +53,19 @@ def test_one_that_has_been_up_or_ends_by_a_defect_is_tried_again():
     engine._receive({"ready": {}})
     engine._receive({"failed": "CheckpointError: gone", "ours": True})
     assert not engine.broken, "it is being replaced, perhaps"
+
+
+def test_a_model_without_user_rows_is_served(tmp_path, tiny_world):
+    save_checkpoint(HSTU(preset("tiny").replace(num_users=0)), tmp_path)
+    tiny_world.catalog.save(tmp_path / "catalog.json")
+
+    async def run():
+        async with EngineProcess({"strategy": "eager", "checkpoint": str(tmp_path)}) as engine:
+            while engine.ready is None and not engine.broken:
+                await asyncio.sleep(0.05)
+            return await engine.ask("recommend", **BODY)
+
+    assert len(asyncio.run(run())["items"]) == 10
 
 
 def test_one_that_hangs_is_killed_and_one_that_answers_is_closed(tiny_checkpoint):

@@ -518,6 +518,9 @@ def test_catalogs_are_saved_loaded_and_refused_by_name(tmp_path, tiny_world):
     for change, said in (
         ({"schema_version": 99}, "schema_version is 99, this release reads 1"),
         ({"ids": "abc"}, "ids is not a list"),
+        ({"name": None}, "name is None, not text"),
+        ({"ids": ["i0", *fields["ids"][1:]]}, "ids must begin with null"),
+        ({"ids": [*fields["ids"][:-1], "i1"]}, "name every item once"),
         ({"titles": [None]}, "titles has 1 values for 501 ids"),
         ({"features": {"category": [1]}}, "category has 1 values"),
         ({"features": {"category": ["x"] * 501}}, "cannot be read"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hstu_lab import pipeline, strategies, tensorrt_library
-from hstu_lab.config import TASK_NAMES, preset
+from hstu_lab.config import TASK_NAMES, ConfigError, preset
 from hstu_lab.event_log import Catalog, History
 from hstu_lab.events import World
 from hstu_lab.model import HSTU, CheckpointError, load_checkpoint, save_checkpoint
@@ -471,6 +471,19 @@ def test_a_catalog_smaller_than_the_candidates_asked_for(tmp_path, tiny_world):
                 assert ("nothing is left" in str(answers[0])) == (not left)
                 waiting = asyncio.run(recommender.recommend_async(history, task=task, strategy="vllm"))
                 assert [item.item_id for item in waiting.items] == lists[0]
+
+
+def test_steps_too_small_for_whole_requests_are_refused_by_the_setting(tiny_checkpoint, histories):
+    longest = preset("tiny").max_seq_len
+    names = {"enable_chunked_prefill": False, "max_num_seqs": 4, "kv_cache_mb": 4}
+    with (
+        Recommender(tiny_checkpoint, settings=Settings(max_num_batched_tokens=longest + 1, **names)) as recommender,
+        pytest.raises(ConfigError, match=f"max_num_batched_tokens is {longest + 1}: .*give at least {longest + 2}"),
+    ):
+        recommender.recommend(histories[-1], strategy="vllm")
+    with Recommender(tiny_checkpoint, settings=Settings(max_num_batched_tokens=longest + 2, **names)) as recommender:
+        answers = [recommender.recommend(histories[-1], strategy=strategy) for strategy in ("vllm", "eager")]
+        assert answers[0].candidates == answers[1].candidates
 
 
 def test_an_empty_history_without_a_user_token_is_refused(tmp_path, tiny_world):

@@ -99,6 +99,45 @@ def test_a_step_does_what_the_definition_says(dtype, device, seed, count, copy_o
 
 
 @pytest.mark.parametrize("device", [here])
+@pytest.mark.parametrize("by", [0, 1, 2])
+@pytest.mark.parametrize(("hand", "in_use", "filled"), [(0, 10**6, 1000), (900, 100, 1000), (77, 0, 1000), (5, 10**6, 980)])
+def test_victims_are_the_least_of_their_samples(device, by, hand, in_use, filled, monkeypatch):
+    rows, slots, spares, clock = 2000, 1000, 40, 10**6
+    generator = torch.Generator().manual_seed(hand + by)
+    monkeypatch.setattr(triton_cache, "publishing", lambda spares, by: {"SPARES": 64, "SAMPLE": 16, "BY": by})
+
+    def state():
+        generator.manual_seed(hand)
+        place = torch.randperm(slots, generator=generator)
+        spare, held = place[:spares].int(), place[spares:]
+        resident = torch.randperm(rows, generator=generator)[: len(held)]
+        slot_of, id_of = torch.full((rows,), -1, dtype=torch.int32), torch.full((slots,), -2)
+        slot_of[resident], id_of[held] = held.int(), resident
+        last = clock - torch.randint(0, 200, (slots,), generator=generator)
+        last[torch.rand(slots, generator=generator) < 0.3] = 50
+        priority = torch.randn(rows, generator=generator)
+        priority[torch.rand(rows, generator=generator) < 0.1] = -torch.inf
+        priority[torch.rand(rows, generator=generator) < 0.1] = torch.inf
+        empty = torch.zeros(rows, WIDTH)
+        return hot_cache.CacheState(
+            empty, None, empty[:slots].clone(), None, slot_of, id_of, last,
+            torch.randint(0, 9, (slots,), generator=generator).int(), torch.zeros(rows, dtype=torch.int64), priority, spare,
+            torch.tensor([0, 0, filled]),
+        )  # fmt: skip
+
+    wanted, ours = state(), moved(state(), device)
+    want = (wanted.slot_of < 0).nonzero().squeeze(1)[:37]
+    for kernels, each, where in ((hot_cache, wanted, "cpu"), (triton_cache, ours, device)):
+        counts = torch.tensor([50, len(want)], dtype=torch.int32, device=where)
+        asked = torch.cat([want, torch.full((20,), -9)]).to(where)
+        kernels.publish(each, asked, counts, by, clock, hand, in_use)
+    for name in ("spare", "slot_of", "id_of", "totals", "last_used", "uses"):
+        assert torch.equal(getattr(ours, name).cpu(), getattr(wanted, name)), name
+    found = 40 if in_use else 3  # a spare for each row that came in, or only those that were left over
+    assert int((wanted.spare >= 0).sum()) == found
+
+
+@pytest.mark.parametrize("device", [here])
 def test_gather(device):
     table = torch.randn(9, 33)
     ids = torch.tensor([0, 8, 3, 3])

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import pathlib
+import subprocess
+import sys
 import threading
 import time
 from multiprocessing.connection import Connection
@@ -150,6 +152,26 @@ def test_what_an_engine_started_ends_with_it(monkeypatch, seconds):
         time.sleep(0.05)
     else:
         assert not pathlib.Path(f"/proc/{child}/stat").exists()
+
+
+def test_sigterm_twice_ends_once():
+    program = """
+import time
+from hstu_lab.vllm_replicas import end_on_sigterm
+end_on_sigterm()
+try:
+    print("up", flush=True)
+    time.sleep(60)
+finally:
+    time.sleep(0.5)
+    print("cleared away", flush=True)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "up\n"
+        process.terminate()
+        time.sleep(0.2)
+        process.terminate()
+        assert process.stdout.read() == "cleared away\n"
 
 
 def test_shares_cover_all_jobs():

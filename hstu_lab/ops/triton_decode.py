@@ -257,8 +257,10 @@ def default_tiles(tokens: int, heads: int, like: Tensor) -> DecodeTiles:
     """Tiles for a step of `tokens` tokens, the fastest on an H200 among those tried."""
     if interpreted():
         return DecodeTiles(16, 2, 16, 4, 2, 16, 2, pdl=False)
-    splits = max(1, min(2 * processors(like) // (tokens * heads), 8))
-    return DecodeTiles(splits=splits, pdl=capability(like) >= 90)
+    pdl = capability(like) >= 90
+    if tokens > 8:
+        return DecodeTiles(enter=32, splits=2, leave=16, leave_warps=8, pdl=pdl)
+    return DecodeTiles(splits=max(1, min(2 * processors(like) // (tokens * heads), 8)), pdl=pdl)
 
 
 @dataclasses.dataclass(frozen=True)
