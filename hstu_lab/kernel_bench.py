@@ -2,7 +2,7 @@
 
     python -m hstu_lab.kernel_bench [--out FOLDER] [--resume] [PART ...]
 
-Parts: tests, ampere, attention, steps, paged, memory, calibration, special, stack; all of them by default.
+Parts: tests, serving, ampere, attention, steps, paged, memory, calibration, special, stack; all of them by default.
 
 Every ratio compares two measurements of one run. Needs PyTorch, Triton and an NVIDIA GPU, nothing else of the project's stack.
 """
@@ -444,7 +444,7 @@ def gpu_tests(record: measure.Record, files: list[str], workers: int) -> None:
     command = [sys.executable, *f"-m pytest -q -m gpu -p no:cacheprovider --noconftest --junitxml={report}".split()]
     command += ["-n", str(min(workers, os.cpu_count() or 1))]  # compiling is most of the work
     subprocess.run([*command, *files], check=False)
-    outcome: dict[str, list[str]] = {"passed": [], "failed": []}
+    outcome: dict[str, list[str]] = {kind: list(record.data.get("tests", {}).get(kind, [])) for kind in ("passed", "failed")}
     for case in ElementTree.parse(report).getroot().iter("testcase"):
         if case.find("skipped") is None:
             bad = case.find("failure") is not None or case.find("error") is not None
@@ -455,12 +455,20 @@ def gpu_tests(record: measure.Record, files: list[str], workers: int) -> None:
 
 
 def tests(record: measure.Record) -> None:
-    """The GPU tests of these kernels and of the clock."""
-    gpu_tests(record, [*sorted(map(str, pathlib.Path("tests").glob("test_triton_*.py"))), "tests/test_measure.py"], workers=14)
+    """The GPU tests of the kernels that this module times, and of the clock."""
+    gpu_tests(record, [f"tests/test_{name}.py" for name in TESTED], workers=16)
 
 
+def serving(record: measure.Record) -> None:
+    """The GPU tests of the other Triton kernels: decode, serving, cache, encoder (which wants vLLM)."""
+    files = sorted(pathlib.Path("tests").glob("test_triton_*.py"))
+    gpu_tests(record, [str(path) for path in files if path.stem.removeprefix("test_") not in TESTED], workers=16)
+
+
+TESTED = ("triton_attention", "triton_paged", "triton_memory", "triton_ops", "triton_compile", "measure")
 PARTS = {
     "tests": ("triton_correctness", tests),
+    "serving": ("triton_correctness", serving),
     "ampere": ("triton_correctness", ampere),
     "attention": ("triton_attention", attention),
     "steps": ("triton_steps", steps),

@@ -31,7 +31,17 @@ def test_passed_and_failed_are_told_apart(monkeypatch, tmp_path):
     record = measure.Record.here("x", command="python -m x")
     kernel_bench.gpu_tests(record, ["tests/test_a.py"], workers=2)
     assert record.data["tests"] == {"passed": ["tests.a::good"], "failed": ["tests.a::wrong", "tests.a::broken"]}
+    kernel_bench.gpu_tests(record, ["tests/test_a.py"], workers=2)  # of a second part: beside the first
+    assert record.data["tests"]["passed"] == 2 * ["tests.a::good"]
     assert not list(tmp_path.iterdir())
+
+
+def test_every_file_of_gpu_tests_is_in_a_part(monkeypatch):
+    told = []
+    monkeypatch.setattr(kernel_bench, "gpu_tests", lambda record, files, workers: told.extend(files))
+    for part in ("tests", "serving"):
+        kernel_bench.PARTS[part][1](None)
+    assert sorted(told) == sorted([*map(str, pathlib.Path("tests").glob("test_triton_*.py")), "tests/test_measure.py"])
 
 
 def test_a_run_without_a_report_is_no_success(monkeypatch, tmp_path):

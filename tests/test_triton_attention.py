@@ -26,10 +26,10 @@ def test_candidates_see_the_history_and_themselves(bias):
 
 
 @cpu_only
-@pytest.mark.parametrize("bias", ["position", "both"])
+@pytest.mark.parametrize("bias", ["position", "time", "both"])
 @pytest.mark.parametrize("candidates", [None, [7, 5, 0, 1]])
 def test_position_bias_added_after_the_product(bias, candidates, monkeypatch):
-    """What wide heads with both biases do, whose accumulator leaves no registers to start from the bias."""
+    """What Hopper does where there is a time bias: the loop over tiles that are looked up needs no barrier and is pipelined."""
     tiles = triton_tiles.Tiles(16, 16, 16, after=True)
     monkeypatch.setattr("hstu_lab.ops.triton_attention.default_tiles", lambda *arguments: tiles)
     got, expected = attention_case([64, 5, 20, 3], bias=bias, candidates=candidates)

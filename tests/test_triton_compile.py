@@ -86,15 +86,24 @@ def test_matrix_instructions_follow_each_other(name, d):
     assert kernel.instructions("WARPGROUP.ARRIVE") < kernel.instructions("HGMMA") / 2
 
 
-@pytest.mark.parametrize("d", [64, 128])
-def test_chunks_on_hopper_are_copied_beside_the_loop(d):
-    """The warps that compute load nothing."""
-    kernel = triton_compile.compile_kernel("extend", 90, d)
+@pytest.mark.parametrize(("d", "length", "products"), [(64, 512, 8), (64, 256, 16), (128, 512, 16)])
+def test_chunks_on_hopper_are_copied_beside_the_loop(d, length, products):
+    """The warps that compute load nothing; 256 queries of heads 64 wide are two halves that share what is copied."""
+    kernel = triton_compile.compile_kernel("extend", 90, d, length)
+    assert kernel.instructions("WARPGROUP.ARRIVE") < kernel.instructions("HGMMA") / 2
     body = kernel.loop("MUFU.TANH")
-    assert sum("HGMMA" in line for line in body) == 8 * d // 64
+    assert sum("HGMMA" in line for line in body) == products
     assert not any("LDG" in line for line in body)
     assert kernel.instructions("UTMALDG") >= 2 * 4 * d // 64  # keys and values, four pages of 16 a tile
     assert kernel.spilled_bytes == 0
+
+
+@pytest.mark.parametrize(("d", "length"), [(64, 4096), (128, 4096), (128, 1024)])
+def test_tiles_that_are_looked_up_pair_by_pair_are_pipelined(d, length):
+    """With both biases no barrier stands between them and the copies that run ahead (in bytes, not by the accelerator)."""
+    kernel = triton_compile.compile_kernel("attention_bias", 90, d, length)
+    assert "LDGSTS" in kernel.sass
+    assert kernel.instructions("WARPGROUP.ARRIVE") < kernel.instructions("HGMMA") / 2
 
 
 def test_interpreter_survives_compilation():

@@ -94,10 +94,12 @@ def attention_kernel(
         fast_end = full_end
         if HAS_TIME:
             row_tile = b * max_tiles + tile
-            fast_end = tl.load(Ordered + b) // BLOCK_N
-            for part in tl.static_range(PARTS):
+            ordered = tl.load(Ordered + b * PARTS)
+            fast_end = tl.load(FastTiles + row_tile * PARTS)
+            for part in tl.static_range(1, PARTS):
+                ordered = least(ordered, tl.load(Ordered + b * PARTS + part))
                 fast_end = least(fast_end, tl.load(FastTiles + row_tile * PARTS + part))
-            fast_end *= BLOCK_N
+            fast_end = least(fast_end, ordered // BLOCK_N) * BLOCK_N
             lowest = Lowest + row_tile * max_tiles_k
             bounds = Bounds + row_tile.to(tl.int64) * (max_tiles_k * BLOCK_M)
         else:
@@ -138,15 +140,19 @@ def attention_kernel(
         high = tl.reshape(tl.broadcast_to(eighths[:, None], (BLOCK_N // 8, 8)), (BLOCK_N,))
         low = tl.reshape(tl.broadcast_to(tl.arange(0, 8).to(tl.float32)[None, :], (BLOCK_N // 8, 8)), (BLOCK_N,))
         if HAS_TIME:
+            # What a tile wants from memory far away is read while the tile before it is at work.
             coming = tl.load(lowest)
+            coming_word = tl.load(bounds + local)
         for n0 in range(0, fast_end, BLOCK_N):
             if HAS_TIME:
                 crossed = coming
-                coming = load_now(lowest + least(n0 // BLOCK_N + 1, max_tiles_k - 1), PLAIN)
+                word = coming_word
+                following_tile = least(n0 // BLOCK_N + 1, max_tiles_k - 1)
+                coming = load_now(lowest + following_tile, PLAIN)
+                coming_word = load_now(bounds + following_tile * BLOCK_M + local, PLAIN)
                 steps = Steps + head * 256 + (crossed & 255)
                 value = load_now(steps, PLAIN)
                 following = load_now(steps + 1, PLAIN)
-                word = load_now(bounds + n0 // BLOCK_N * BLOCK_M + local, PLAIN)
             scores = key_scores(
                 q, KTiles, k_tile, start, n0, head, k_row, dims, p_rows, p_shift, p_columns, D, D_PAD, BLOCK_M, BLOCK_N,
                 HAS_POSITION and not AFTER, TMA, PLAIN, PRECISION,
@@ -189,9 +195,9 @@ def attention_kernel(
                 v = tl.load(v_tile + (start + n0) * v_row, mask=there[:, None], other=0.0)
             else:
                 v = tl.load(v_tile + (start + n0) * v_row, mask=there[:, None] & (value_dims[None, :] < DV), other=0.0)
-            if HAS_POSITION:
+            if HAS_POSITION and not AFTER:
                 # Without this ptxas finds the bias to be written into a product under way, and then runs every matrix
-                # instruction of the kernel one at a time (its warning C7515).
+                # instruction of the kernel one at a time (its warning C7515). Its price: a loop with a barrier is not pipelined.
                 tl.debug_barrier()
             half = tl.dot(q, k, scores, input_precision=PRECISION) * half_scale
             if HAS_POSITION and AFTER:
@@ -262,7 +268,7 @@ def attention_jagged(
         prepare_kernel[(shared.max_tiles * shared.parts, batch + heads)](
             **shared.prepare_arguments(bias, times.long() if has_time else None, offsets, num_candidates, d), **flags,
             LADDER=tiles.ladder, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BISECT=tiles.block_n.bit_length() - 1,
-            CHUNK=CHUNK, SCAN=1024 if shared.parts == 1 else 512,
+            CHUNK=CHUNK, SCAN=1024 if shared.parts == 1 else 256,
             TABLE_BLOCK=512, WIDE=q.dtype == torch.float32,
             PARTS=shared.parts, num_warps=4 if shared.parts == 1 else 1,
         )  # fmt: skip

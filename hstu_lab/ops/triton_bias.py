@@ -137,7 +137,8 @@ def prepare_kernel(
     many tiles from the start hold at most LADDER boundaries (FastTiles); how far the times ascend (Ordered). Programs (any,
     batch + head): the tables of the head, times `scale` (position) and halved (time).
     """
-    tile, part, b = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
+    # The tables of the heads first: they are the longest chain of loads, and programs start in order of their number.
+    tile, part, b = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.num_programs(1) - 1 - tl.program_id(1)
     if b >= batch:
         head = b - batch
         if HAS_POSITION:
@@ -179,75 +180,77 @@ def prepare_kernel(
             history = length
             if HAS_CANDIDATES:
                 history = length - tl.load(NumCandidates + b).to(tl.int32)
-            rows = m0 + tl.arange(0, BLOCK_M)
-            first_time = tl.load(Times + start)
-            q_time = tl.load(Times + start + least(rows, length - 1)) - first_time
-            tl.store(Relative + start + rows, q_time.to(tl.int32), mask=rows < tl.where(part == 0, length, 0))
-            q_least = tl.reduce(q_time, 0, least).to(tl.int32)
-            q_most = tl.reduce(q_time, 0, most).to(tl.int32)
-            if tl.program_id(0) == 0:
+            full_tiles = least(m0 + 1, history) // BLOCK_N
+            fast = full_tiles
+            if tile == 0:
                 # Attention believes the columns below only as far as the times ascend from the start of the sequence.
                 ordered = length
-                for first in range(1, length, SCAN):
+                share = (length + PARTS - 1) // PARTS
+                for first in range(1 + part * share, least(1 + (part + 1) * share, length), SCAN):
                     column = first + tl.arange(0, SCAN)
                     at = Times + start + least(column, length - 1)
                     back = tl.load(at) < tl.load(at - 1)
                     ordered = least(ordered, tl.reduce(tl.where(back & (column < length), column, length), 0, least))
-                tl.store(Ordered + b, ordered)
-            full_tiles = least(m0 + 1, history) // BLOCK_N
-            fast = full_tiles
-            now = q_time + first_time
-            for first in range(part * CHUNK, full_tiles, PARTS * CHUNK):
-                tiles = first + tl.arange(0, CHUNK)
-                real = tiles < full_tiles
-                base = Times + start + tiles * BLOCK_N
-                k_least = (tl.load(base, mask=real, other=0) - first_time).to(tl.int32)
-                k_most = (tl.load(base + BLOCK_N - 1, mask=real, other=0) - first_time).to(tl.int32)
-                lowest = bucket_of(most(q_least - k_most, 0), Cells)
-                highest = bucket_of(most(q_most - k_least, 0), Cells)
-                slow = (q_least < k_most) | (highest - lowest > LADDER) | (highest < lowest)
-                fast = least(fast, tl.reduce(tl.where(slow, least(tiles, full_tiles), full_tiles), 0, least))
-                tl.store(Lowest + (b * max_tiles + tile) * max_tiles_k + tiles, lowest + ((highest - lowest) << 8), mask=real)
-                # The keys of a tile come in order of time: where a row's bucket changes is a column, found by bisection.
-                if PARTS > 1:
-                    # Long sequences: tile after tile, so that no work is done for those without a boundary.
-                    steps = tl.where(real & (slow == 0), lowest + ((highest - lowest) << 8), 0)
-                    for index in range(0, CHUNK):
-                        step = tl.reduce(tl.where(tiles == first + index, steps, 0), 0, add)
-                        bucket, boundaries = step & 255, step >> 8
-                        if boundaries > 0:
-                            keys = Times + start + (first + index) * BLOCK_N
-                            word = tl.full((BLOCK_M,), 0, tl.int32)
-                            for number in range(0, boundaries):
-                                latest = now - tl.load(Thresholds + bucket + number + 1)
-                                passed = tl.full((BLOCK_M,), 0, tl.int32)
-                                for halving in tl.static_range(1, BISECT + 1):
-                                    k_at = tl.load(keys + (passed + ((BLOCK_N >> halving) - 1)))
-                                    passed += tl.where(k_at <= latest, BLOCK_N >> halving, 0)
-                                passed += tl.where(tl.load(keys + passed) <= latest, 1, 0)
-                                word += passed << (8 * number)
-                            to = Bounds + ((b * max_tiles + tile) * max_tiles_k + first + index).to(tl.int64) * BLOCK_M
-                            tl.store(to + tl.arange(0, BLOCK_M), word)
-                else:
-                    # Short ones: all tiles at once, so that few loads wait for each other.
-                    crossed = tl.where(real & (slow == 0), highest - lowest, 0)
-                    busiest = tl.reduce(crossed, 0, most)
-                    if busiest > 0:
-                        word = tl.full((CHUNK, BLOCK_M), 0, tl.int32)
-                        for number in tl.static_range(0, LADDER):
-                            if busiest > number:
-                                inside = (crossed > number)[:, None]
-                                latest = q_time[None, :] - tl.load(Thresholds + lowest + number + 1)[:, None]
-                                passed = tl.full((CHUNK, BLOCK_M), 0, tl.int32)
-                                for halving in tl.static_range(1, BISECT + 1):
-                                    where = base[:, None] + passed + ((BLOCK_N >> halving) - 1)
-                                    k_at = tl.load(where, mask=inside, other=0) - first_time
-                                    passed += tl.where(k_at <= latest, BLOCK_N >> halving, 0)
-                                k_at = tl.load(base[:, None] + passed, mask=inside, other=0) - first_time
-                                passed += tl.where(k_at <= latest, 1, 0)
-                                word += passed << (8 * number)
-                        to = Bounds + ((b * max_tiles + tile) * max_tiles_k + tiles[:, None]).to(tl.int64) * BLOCK_M
-                        tl.store(to + tl.arange(0, BLOCK_M)[None, :], word, mask=(crossed > 0)[:, None])
+                tl.store(Ordered + b * PARTS + part, ordered)
+            if (part == 0) | (part * CHUNK < full_tiles):
+                rows = m0 + tl.arange(0, BLOCK_M)
+                first_time = tl.load(Times + start)
+                q_time = tl.load(Times + start + least(rows, length - 1)) - first_time
+                tl.store(Relative + start + rows, q_time.to(tl.int32), mask=rows < tl.where(part == 0, length, 0))
+                q_least = tl.reduce(q_time, 0, least).to(tl.int32)
+                q_most = tl.reduce(q_time, 0, most).to(tl.int32)
+                now = q_time + first_time
+                for first in range(part * CHUNK, full_tiles, PARTS * CHUNK):
+                    tiles = first + tl.arange(0, CHUNK)
+                    real = tiles < full_tiles
+                    base = Times + start + tiles * BLOCK_N
+                    k_least = (tl.load(base, mask=real, other=0) - first_time).to(tl.int32)
+                    k_most = (tl.load(base + BLOCK_N - 1, mask=real, other=0) - first_time).to(tl.int32)
+                    lowest = bucket_of(most(q_least - k_most, 0), Cells)
+                    highest = bucket_of(most(q_most - k_least, 0), Cells)
+                    slow = (q_least < k_most) | (highest - lowest > LADDER) | (highest < lowest)
+                    fast = least(fast, tl.reduce(tl.where(slow, least(tiles, full_tiles), full_tiles), 0, least))
+                    tl.store(Lowest + (b * max_tiles + tile) * max_tiles_k + tiles, lowest + ((highest - lowest) << 8), mask=real)
+                    # The keys of a tile come in order of time: where a row's bucket changes is a column, found by bisection.
+                    if PARTS > 1:
+                        # Long sequences: tile after tile, so that no work is done for those without a boundary.
+                        steps = tl.where(real & (slow == 0), lowest + ((highest - lowest) << 8), 0)
+                        for index in range(0, CHUNK):
+                            step = tl.reduce(tl.where(tiles == first + index, steps, 0), 0, add)
+                            bucket, boundaries = step & 255, step >> 8
+                            if boundaries > 0:
+                                keys = Times + start + (first + index) * BLOCK_N
+                                word = tl.full((BLOCK_M,), 0, tl.int32)
+                                for number in range(0, boundaries):
+                                    latest = now - tl.load(Thresholds + bucket + number + 1)
+                                    passed = tl.full((BLOCK_M,), 0, tl.int32)
+                                    for halving in tl.static_range(1, BISECT + 1):
+                                        k_at = tl.load(keys + (passed + ((BLOCK_N >> halving) - 1)))
+                                        passed += tl.where(k_at <= latest, BLOCK_N >> halving, 0)
+                                    passed += tl.where(tl.load(keys + passed) <= latest, 1, 0)
+                                    word += passed << (8 * number)
+                                to = Bounds + ((b * max_tiles + tile) * max_tiles_k + first + index).to(tl.int64) * BLOCK_M
+                                tl.store(to + tl.arange(0, BLOCK_M), word)
+                    else:
+                        # Short ones: all tiles at once, so that few loads wait for each other.
+                        crossed = tl.where(real & (slow == 0), highest - lowest, 0)
+                        busiest = tl.reduce(crossed, 0, most)
+                        if busiest > 0:
+                            word = tl.full((CHUNK, BLOCK_M), 0, tl.int32)
+                            for number in tl.static_range(0, LADDER):
+                                if busiest > number:
+                                    inside = (crossed > number)[:, None]
+                                    latest = q_time[None, :] - tl.load(Thresholds + lowest + number + 1)[:, None]
+                                    passed = tl.full((CHUNK, BLOCK_M), 0, tl.int32)
+                                    for halving in tl.static_range(1, BISECT + 1):
+                                        where = base[:, None] + passed + ((BLOCK_N >> halving) - 1)
+                                        k_at = tl.load(where, mask=inside, other=0) - first_time
+                                        passed += tl.where(k_at <= latest, BLOCK_N >> halving, 0)
+                                    k_at = tl.load(base[:, None] + passed, mask=inside, other=0) - first_time
+                                    passed += tl.where(k_at <= latest, 1, 0)
+                                    word += passed << (8 * number)
+                            to = Bounds + ((b * max_tiles + tile) * max_tiles_k + tiles[:, None]).to(tl.int64) * BLOCK_M
+                            tl.store(to + tl.arange(0, BLOCK_M)[None, :], word, mask=(crossed > 0)[:, None])
             tl.store(FastTiles + (b * max_tiles + tile) * PARTS + part, fast)
 
 
@@ -385,8 +388,7 @@ def plan(
         thresholds, cells = bucket_tables(bias.time.shape[1], device)
         tables |= {
             "steps": new(heads, 256, dtype=torch.float32), "lut": new(heads, CELLS.value, 4), "relative": new(total),
-            "fast_tiles": new(batch, max_tiles, parts), "ordered": new(batch), "lowest": new(batch, max_tiles, max_tiles_k),
-            "bounds": new(batch, max_tiles, max_tiles_k, tiles.block_m), "thresholds": thresholds,
-            "cells": cells,
+            "fast_tiles": new(batch, max_tiles, parts), "ordered": new(batch, parts), "thresholds": thresholds, "cells": cells,
+            "lowest": new(batch, max_tiles, max_tiles_k), "bounds": new(batch, max_tiles, max_tiles_k, tiles.block_m),
         }  # fmt: skip
     return Plan(max_tiles, max_tiles_k, origin, table_len, after=tiles.after, parts=parts, **tables)

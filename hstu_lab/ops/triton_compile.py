@@ -134,12 +134,12 @@ def _attention(d: int, position: bool, time: bool, tma: bool, tiles, parts: int)
     }  # fmt: skip
 
 
-def _extend(d: int) -> tuple[object, dict, int, None, dict, int]:
-    """`_specification` of the kernel for chunks of queries on Hopper, over pages of 16."""
+def _extend(d: int, length: int) -> tuple[object, dict, int, None, dict, int]:
+    """`_specification` of the kernel for chunks of `length` queries on Hopper, 128 heads over pages of 16."""
     from hstu_lab.ops import triton_extend
 
-    tiles = triton_extend.default_tiles(d)
-    arguments = {"D": d, "PAGE": 16, "BLOCK_N": tiles.block_n, "STAGES": tiles.stages, "SCALED": d == 64}
+    tiles = triton_extend.default_tiles(d, 128, length, 132)
+    arguments = {"D": d, "PAGE": 16, "BLOCK_N": tiles.block_n, "STAGES": tiles.stages, "HALVES": tiles.halves, "SCALED": d == 64}
     block = f"tensordesc<bf16[16, {triton_extend.WIDTH.value}],{triton_extend.SHARED.value!r}>"
     descriptors = dict.fromkeys(("KeyTiles", "ValueTiles"), block)
     return triton_extend.extend_kernel, arguments, 4, None, descriptors, tiles.maxnreg
@@ -164,13 +164,13 @@ def _specification(name: str, capability: int, d: int, length: int) -> tuple[obj
         arguments = {
             "HAS_POSITION": True, "HAS_TIME": True, "HAS_CANDIDATES": False, "LADDER": tiles.ladder, "BLOCK_M": tiles.block_m,
             "BLOCK_N": tiles.block_n, "BISECT": tiles.block_n.bit_length() - 1, "CHUNK": bias_module.CHUNK.value,
-            "SCAN": 1024 if parts == 1 else 512,
+            "SCAN": 1024 if parts == 1 else 256,
             "TABLE_BLOCK": 512, "WIDE": False, "PARTS": parts,
             "NumCandidates": None,
         }  # fmt: skip
         return bias_module.prepare_kernel, arguments, 4 if parts == 1 else 1, 3, {}, None
     if name == "extend" and capability >= 90:
-        return _extend(d)
+        return _extend(d, length)
     if name in ("decode", "extend"):
         tiles = paged.default_tiles(torch.bfloat16, d, 16, 1 if name == "decode" else 512, capability)
         block_m, block_n = tiles.block_m, tiles.block_n

@@ -55,9 +55,9 @@ def default_tiles(dtype: torch.dtype, d: int, max_len: int, pairs: int, bias: Re
     if pairs * max_len <= 2**14:
         return Tiles(32, 64, 64)
     if d <= 64:
-        return Tiles(64, 64, 32, maxnreg=128)
+        return Tiles(64, 64, 32, maxnreg=128, after=timed)
     if not timed:
-        return Tiles(128, 64, 32, group=8)
+        return Tiles(64, 64, 32, num_stages=3, maxnreg=168)
     if max_len <= 2048:
-        return Tiles(64, 32, 32, num_stages=3, maxnreg=168)
-    return Tiles(64, 64, 32, num_stages=3, maxnreg=224, group=8, after=True)
+        return Tiles(64, 32, 32, num_stages=3, maxnreg=168, after=True)
+    return Tiles(64, 64, 32, num_stages=3, maxnreg=224, after=True)
