@@ -147,8 +147,12 @@ def test_the_second_ctrl_c_is_not_held_back(tmp_path, log):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        train(TINY, log, tmp_path, steps=20, progress=False, on_step=twice)
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(TINY, log, tmp_path, steps=20, progress=False, on_step=twice)
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def test_one_seed_gives_one_model_and_leaves_the_callers_random_numbers_alone(tmp_path, log):
