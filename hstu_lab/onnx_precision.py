@@ -219,20 +219,27 @@ class Range:
     noise: float
 
 
-def watch(model: onnx.ModelProto, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def watch(model: onnx.ModelProto, batches: Iterable[Mapping[str, np.ndarray]], own: Sequence[type] = ()) -> dict[str, np.ndarray]:
     """Magnitudes (n,) of all that passes through each of `quantisable`'s tensors when the fp32 model runs on `batches`.
 
-    Give batches without padding: it would count as well. Raises ValueError where there are none.
+    Give batches without padding: it would count as well. `own`: the operators of ours in it, which only ONNX's reference
+    evaluator runs. Raises ValueError where there are no batches.
     """
-    import onnxruntime
 
     names = quantisable(model)
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
     watched.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(watched.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    if own:
+        from onnx.reference import ReferenceEvaluator
+
+        session = ReferenceEvaluator(watched, new_ops=list(own))
+    else:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(watched.SerializeToString(), options, providers=["CPUExecutionProvider"])
     seen: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for batch in batches:
         for name, values in zip(names, session.run(names, dict(batch))):
@@ -242,9 +249,9 @@ def watch(model: onnx.ModelProto, batches: Iterable[Mapping[str, np.ndarray]]) -
     return {name: np.concatenate(values) for name, values in seen.items()}
 
 
-def calibrate(model: onnx.ModelProto, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, Range]:
-    """The int8 range of each of `quantisable`'s tensors, from batches as `watch` wants them."""
-    return {name: best_range(values) for name, values in watch(model, batches).items()}
+def calibrate(model: onnx.ModelProto, batches: Iterable[Mapping[str, np.ndarray]], own: Sequence[type] = ()) -> dict[str, Range]:
+    """The int8 range of each of `quantisable`'s tensors, from batches and operators as `watch` wants them."""
+    return {name: best_range(values) for name, values in watch(model, batches, own).items()}
 
 
 def quiet_steps(ranges: Mapping[str, Range], most: float = MOST_NOISE) -> dict[str, float]:
