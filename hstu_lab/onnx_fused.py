@@ -24,13 +24,17 @@ DOMAIN = "hstu_lab"
 class FusedStackPart(StackPart):
     """`StackPart` with two nodes of our own a layer. Padding behind a history is computed and read by nobody."""
 
+    linear = False
+
     def forward(self, x: Tensor, times: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, N, d_model), times (B, N) seconds, lengths (B,) -> logits (B, num_items), hidden (B, d_model)."""
-        return self.last(_run(self.stack, x, times, None), lengths)
+        return self.last(_run(self.stack, x, times, None, self.linear), lengths)
 
 
 class FusedRankerPart(RankerPart):
     """`RankerPart` likewise. A history and its candidates are moved together first: what follows a history are candidates."""
+
+    linear = False
 
     def forward(self, x_history: Tensor, x_candidates: Tensor, times: Tensor, lengths: Tensor) -> Tensor:
         """x_history (B, N, d_model), x_candidates (B, C, d_model), times (B, N), lengths (B,) -> (B, C, 3)."""
@@ -40,16 +44,18 @@ class FusedRankerPart(RankerPart):
         source = torch.where(row < end, row, (row - end + num_history).clamp(max=total - 1))
         now = times.gather(1, (end - 1).clamp(min=0)).expand(-1, count)
         x = torch.cat([x_history, x_candidates], dim=1).gather(1, source.unsqueeze(2).expand(-1, -1, d))
-        x = _run(self.stack, x, torch.cat([times, now], dim=1).gather(1, source), total - lengths)
+        x = _run(self.stack, x, torch.cat([times, now], dim=1).gather(1, source), total - lengths, self.linear)
         ranked = (row[:, :count] + end).unsqueeze(2).expand(-1, -1, d)
         return self.scores(x.gather(1, ranked))
 
 
-def _run(stack, x: Tensor, times: Tensor, candidates: Tensor | None) -> Tensor:
+def _run(stack, x: Tensor, times: Tensor, candidates: Tensor | None, linear: bool) -> Tensor:
     """All layers, without the last norm; the last candidates (B,) rows of a sequence are candidates."""
     config: ModelConfig = stack.config
     ops = types.SimpleNamespace(**vars(reference))
     ops.norm_gate = _norm_gate
+    if linear:
+        ops.project_silu, ops.project_residual = _project_silu, _project_residual
 
     def attend(_, q, k, v, bias):
         tables = (None, None) if bias is None else (bias.position, bias.time)
@@ -63,6 +69,15 @@ def _run(stack, x: Tensor, times: Tensor, candidates: Tensor | None) -> Tensor:
 
 def _norm_gate(attended: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return _node("NormGate", (attended, gate, weight, bias), {"eps": eps}, gate)
+
+
+def _project_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    like = x.new_empty(1).expand(*x.shape[:-1], weight.shape[0])
+    return _node("ProjectSilu", (x, weight, bias), {}, like)
+
+
+def _project_residual(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    return _node("ProjectResidual", (y, weight, bias, x), {}, x)
 
 
 def _node(name: str, inputs: tuple[Tensor | None, ...], attributes: dict, like: Tensor) -> Tensor:
@@ -95,6 +110,20 @@ class NormGate(OpRun):
         return (reference.norm_gate(*map(torch.tensor, (attended, gate, weight, bias)), eps).numpy(),)
 
 
+class ProjectSilu(OpRun):
+    op_domain = DOMAIN
+
+    def _run(self, x, weight, bias):
+        return (reference.project_silu(*map(torch.tensor, (x, weight, bias))).numpy(),)
+
+
+class ProjectResidual(OpRun):
+    op_domain = DOMAIN
+
+    def _run(self, y, weight, bias, x):
+        return (reference.project_residual(*map(torch.tensor, (y, weight, bias, x))).numpy(),)
+
+
 class GatherElements(OpRun):
     """onnx's own takes at most 64 rows."""
 
@@ -104,4 +133,4 @@ class GatherElements(OpRun):
         return (np.take_along_axis(data, indices, axis=axis or 0),)
 
 
-REFERENCE = [HstuAttention, NormGate, GatherElements]
+REFERENCE = [HstuAttention, NormGate, ProjectSilu, ProjectResidual, GatherElements]

@@ -47,11 +47,11 @@ class Case:
     length: int
     batches: tuple[int, ...] = BATCHES
     loose: bool = False
-    fused: bool = False
+    fused: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.part}-{self.precision}{'-loose' * self.loose}{'-fused' * self.fused}-{self.length}"
+        return f"{self.part}-{self.precision}{'-loose' * self.loose}{'-' * bool(self.fused)}{self.fused}-{self.length}"
 
     @property
     def file(self) -> str:
@@ -70,15 +70,18 @@ class Case:
 
 RANKED = (1, 2, 4, 8)
 CASES = (
-    *(Case("stack", "fp16", 512, loose=loose, fused=True) for loose in (True, False)),
-    *(Case("stack", "int8", 512, loose=loose, fused=True) for loose in (True, False)),
-    *(Case("ranker", "fp16", 512, loose=loose, fused=True) for loose in (True, False)),
+    *(Case("stack", "fp16", 512, loose=True, fused=each) for each in ("tma", "all")),
+    Case("ranker", "fp16", 512, loose=True, fused="tma"), Case("stack", "fp16", 512, fused="tma"),
+    Case("stack", "int8", 512, fused="tma"),
+    *(Case("stack", "fp16", 512, loose=loose, fused="fused") for loose in (True, False)),
+    *(Case("stack", "int8", 512, loose=loose, fused="fused") for loose in (True, False)),
+    *(Case("ranker", "fp16", 512, loose=loose, fused="fused") for loose in (True, False)),
     Case("encoder", "fp16", 512, loose=True), Case("encoder", "fp16", 512),
     Case("stack", "fp16", 512, loose=True), Case("stack", "fp16", 512),
     Case("ranker", "fp16", 512, RANKED), Case("ranker", "fp16", 512, RANKED, loose=True),
     Case("stack", "int8", 512), Case("stack", "int8", 512, loose=True),
     Case("ranker", "int8", 512, RANKED), Case("ranker", "int8", 512, RANKED, loose=True), Case("encoder", "int8", 512),
-    *(Case("stack", "fp16", n, loose=True, fused=True) for n in (256, 1024, 128, 64, 2048)),
+    *(Case("stack", "fp16", n, loose=True, fused="fused") for n in (256, 1024, 128, 64, 2048)),
     *(Case("stack", "fp16", n, loose=loose) for n in (256, 1024, 128, 64, 2048) for loose in (False, True)),
     Case("stack", "fp32", 512), Case("ranker", "fp32", 512, (1,)), Case("encoder", "fp32", 512),
 )  # fmt: skip
@@ -163,7 +166,7 @@ def export(folder: pathlib.Path, cases=CASES, config=None) -> None:
     for part, length, fused in dict.fromkeys((case.part, case.length, case.fused) for case in cases):
         start, sizes = time.perf_counter(), {"length": length, "candidates": CANDIDATES}
         with torch.no_grad():
-            program = onnx_export.trace(part, _fused(part, model) if fused else parts[part], config, sizes)
+            program = onnx_export.trace(part, _fused(part, model, fused) if fused else parts[part], config, sizes)
         plain = onnx_precision.fold_indices(program.model_proto)
         scales = None
         for case in (case for case in cases if (case.part, case.length, case.fused) == (part, length, fused)):
@@ -176,15 +179,17 @@ def export(folder: pathlib.Path, cases=CASES, config=None) -> None:
             made = onnx_precision.convert(plain, scales if case.precision == "int8" else None, halves)
             onnx.helper.set_model_props(made, {"part": part, "length": str(length)})
             for file, batch in {case.file_for(batch): batch for batch in case.batches}.items():
-                whole = tensorrt_kernels.fuse(made, KERNELS_FOR, batch, halves) if fused else made
+                whole = tensorrt_kernels.fuse(made, KERNELS_FOR, batch, halves, fused != "fused") if fused else made
                 (folder / file).write_bytes(whole.SerializeToString())
         print(f"{part} {length}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def _fused(part: str, model):
+def _fused(part: str, model, fused):
     from hstu_lab.onnx_fused import FusedRankerPart, FusedStackPart
 
-    return {"stack": FusedStackPart, "ranker": FusedRankerPart}[part](model).eval()
+    made = {"stack": FusedStackPart, "ranker": FusedRankerPart}[part](model).eval()
+    made.linear = fused == "all"
+    return made
 
 
 def all_weights(config=None) -> dict[str, np.ndarray]:

@@ -26,15 +26,31 @@ from hstu_lab.ops.triton_compile import compiled_modules
 MOST_ROWS = 1024
 """Sequences of a batch that the constant offsets reach."""
 
+PROCESSORS = 132
+"""Streaming multiprocessors of the GPU that tiles of projections are chosen for: an H100's and an H200's."""
+
 _POINTERS = {
-    **dict.fromkeys(("Q", "K", "V", "Out", "X", "Gate"), "*fp16"),
+    **dict.fromkeys(("Q", "K", "V", "Out", "X", "Gate", "Residual"), "*fp16"),
     **dict.fromkeys(("Weight", "Bias", "Position", "TimeBias", "PositionTable", "Steps"), "*fp32"),
     **dict.fromkeys(("NumCandidates", "Times", "Relative", "FastTiles", "Ordered", "Lowest", "Bounds"), "*i32"),
     **dict.fromkeys(("Lut", "Thresholds"), "*i32"),
     **dict.fromkeys(("Offsets", "Cells"), "*i64"),  # constants: TensorRT 8 sees pairs of int32
 }
 _FLOATS = ("half_scale", "out_scale", "scale", "eps")
-_ALIGNED = ("x_row", "gate_row", "q_row", "q_head", "k_row", "k_head", "v_row", "v_head", "width")
+_ALIGNED = (
+    "columns",
+    "depth",
+    "residual_row",
+    "x_row",
+    "gate_row",
+    "q_row",
+    "q_head",
+    "k_row",
+    "k_head",
+    "v_row",
+    "v_head",
+    "width",
+)
 
 
 class FuseError(ValueError):
@@ -43,21 +59,30 @@ class FuseError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """Machine code of one kernel: its name, run-time arguments in order, threads and shared bytes of a block."""
+    """Machine code of one kernel: its name, run-time arguments in order, threads and shared bytes of a block; of the arguments
+    that are read by the tensor memory accelerator, the box (rows, columns) and how it is swizzled."""
 
     name: str
     arguments: tuple[str, ...]
     threads: int
     shared: int
     cubin: bytes
+    maps: dict[str, tuple[int, int, int]]
 
 
-def compile_kernel(kernel, constants: dict, options: dict, capability: int) -> Kernel:
-    """`kernel` for `capability` (80, 90) with these compile-time arguments; a second or two."""
-    signature = {
-        name: "constexpr" if name in constants else _POINTERS.get(name) or ("fp32" if name in _FLOATS else "i32")
-        for name in kernel.arg_names
+def compile_kernel(kernel, constants: dict, options: dict, capability: int, boxes=None, weights: str = "*fp32") -> Kernel:
+    """`kernel` for `capability` (80, 90) with these compile-time arguments; a second or two. boxes: (rows, columns) of what the
+    tensor memory accelerator reads at once, by argument."""
+    boxes = boxes or {}
+    described = {name: f"tensordesc<fp16[{rows}, {columns}]>" for name, (rows, columns) in boxes.items()}
+    kinds = {
+        **_POINTERS,
+        **dict.fromkeys(("Weight", "Bias"), weights),
+        **described,
+        **dict.fromkeys(_FLOATS, "fp32"),
+        **dict.fromkeys(constants, "constexpr"),
     }
+    signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
     aligned = [name for name, kind in signature.items() if kind.startswith("*") or (name in _ALIGNED and kind == "i32")]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
@@ -66,7 +91,10 @@ def compile_kernel(kernel, constants: dict, options: dict, capability: int) -> K
     if made.metadata.global_scratch_size:
         raise FuseError(f"{kernel.__name__} wants scratch memory, which a plugin has none of: use other tiles")
     arguments = tuple(name for name, kind in signature.items() if kind != "constexpr")
-    return Kernel(made.metadata.name, arguments, 32 * made.metadata.num_warps, made.metadata.shared, made.asm["cubin"])
+    said = zip((name for name in arguments if name in boxes), made.metadata.tensordesc_meta or ())
+    maps = {name: (*meta["block_size"], meta["swizzle"]) for name, meta in said}
+    facts = made.metadata
+    return Kernel(facts.name, arguments, 32 * facts.num_warps, facts.shared, made.asm["cubin"], maps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +109,7 @@ class Sizes:
     position: bool
     time: int
     candidates: bool
+    tma: bool = True
 
     @property
     def bias(self) -> RelativeBias | None:
@@ -103,18 +132,21 @@ class Sizes:
 def attention_kernel(sizes: Sizes, capability: int) -> Kernel:
     """The fused attention of `hstu_lab.ops.triton_attention` in float16."""
     tiles, plan = sizes.tiles(capability), sizes.plan(capability)
-    absent = ["KTiles", "VTiles"]
+    d_pad = max(16, triton.next_power_of_2(sizes.d))
+    tma = sizes.tma and tiles.tma and capability >= 90 and d_pad == sizes.d
+    boxes = dict.fromkeys(("KTiles", "VTiles"), (tiles.block_n, sizes.d)) if tma else {}
+    absent = [] if tma else ["KTiles", "VTiles"]
     absent += [] if sizes.time else ["Relative", "FastTiles", "Ordered", "Lowest", "Bounds", "Steps", "Lut"]
     absent += ([] if sizes.position else ["PositionTable"]) + ([] if sizes.candidates else ["NumCandidates"])
     constants = {
-        **dict.fromkeys(absent), "D": sizes.d, "DV": sizes.d, "D_PAD": max(16, triton.next_power_of_2(sizes.d)),
-        "DV_PAD": max(16, triton.next_power_of_2(sizes.d)), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
+        **dict.fromkeys(absent), "D": sizes.d, "DV": sizes.d, "D_PAD": d_pad, "DV_PAD": d_pad,
+        "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
         "BLOCK_S": tiles.block_s, "GROUP": tiles.group, "NUM_CONTEXT": sizes.num_context, "HAS_CANDIDATES": sizes.candidates,
-        "HAS_POSITION": sizes.position, "HAS_TIME": bool(sizes.time), "EXACT": tiles.exact, "TMA": False, "PRECISION": "tf32",
+        "HAS_POSITION": sizes.position, "HAS_TIME": bool(sizes.time), "EXACT": tiles.exact, "TMA": tma, "PRECISION": "tf32",
         "PLAIN": False, "LADDER": tiles.ladder, "AFTER": tiles.after, "WIDE": False, "PARTS": plan.parts,
     }  # fmt: skip
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "maxnreg": tiles.maxnreg}
-    return compile_kernel(compiled_modules()["triton_attention"].attention_kernel, constants, options, capability)
+    return compile_kernel(compiled_modules()["triton_attention"].attention_kernel, constants, options, capability, boxes)
 
 
 @functools.cache
@@ -138,6 +170,29 @@ def norm_gate_kernel(width: int, rows: int, capability: int) -> Kernel:
     constants = {"WIDTH_PAD": padded, "ROWS": rows, "HAS_GATE": True}
     options = {"num_warps": min(16, max(4, padded // 512))}
     return compile_kernel(compiled_modules()["triton_memory"].norm_kernel, constants, options, capability)
+
+
+def linear_tiles(rows: int, columns: int):
+    """Those of `triton_linear` for a GPU of `PROCESSORS`."""
+    LinearTiles = compiled_modules()["triton_linear"].LinearTiles
+    for tiles in (LinearTiles(128, 128, 64, 8, 3), LinearTiles(64, 128, 64, 4, 4)):
+        if triton.cdiv(rows, tiles.block_m) * triton.cdiv(columns, tiles.block_n) >= 1.5 * PROCESSORS:
+            return tiles
+    return LinearTiles(64, 32, 128, 4, 4) if rows > 32 else LinearTiles(16, 64, 128, 4, 5)
+
+
+@functools.cache
+def linear_kernel(tiles, silu: bool, capability: int) -> Kernel:
+    """A projection of `hstu_lab.ops.triton_linear`, with SiLU or the residual sum."""
+    tma = capability >= 90
+    boxes = {"XTiles": (tiles.block_m, tiles.block_k), "WeightTiles": (tiles.block_n, tiles.block_k)} if tma else {}
+    absent = ([] if tma else ["XTiles", "WeightTiles"]) + (["Residual"] if silu else [])
+    constants = {
+        **dict.fromkeys(absent), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k,
+        "GROUP": tiles.group, "SILU": silu, "EXACT": False, "TMA": tma, "PRECISION": "tf32",
+    }  # fmt: skip
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    return compile_kernel(compiled_modules()["triton_linear"].linear_kernel, constants, options, capability, boxes, "*fp16")
 
 
 # ---- tables that depend on weights only
@@ -166,13 +221,13 @@ def bias_tables(sizes: Sizes, capability: int, position: np.ndarray, time: np.nd
 # ---- the graph
 
 
-def fuse(model: onnx.ModelProto, capability: int = 90, batch: int = 8, halves: bool = False) -> onnx.ModelProto:
+def fuse(model: onnx.ModelProto, capability: int = 90, batch: int = 8, halves: bool = False, tma: bool = True) -> onnx.ModelProto:
     """A copy in which `HstuAttention` and `NormGate` are kernels compiled for `capability`, tiled for `batch` sequences.
 
     `halves` puts a cast to float16 before each; without, the engine must choose float16 there by itself (TensorRT 8). Raises
     FuseError for a graph that `hstu_lab.onnx_fused` did not trace.
     """
-    edit = _Fuser(model, capability, batch, halves)
+    edit = _Fuser(model, capability, batch, halves, tma)
     for node in list(edit.graph.node):
         if node.domain != DOMAIN:
             edit.nodes.append(node)
@@ -180,6 +235,8 @@ def fuse(model: onnx.ModelProto, capability: int = 90, batch: int = 8, halves: b
             edit.attention(node)
         elif node.op_type == "NormGate":
             edit.norm_gate(node)
+        elif node.op_type in ("ProjectSilu", "ProjectResidual"):
+            edit.linear(node)
         else:
             raise FuseError(f"{node.op_type}: no kernel for this node")
     made = edit.finish()
@@ -192,9 +249,9 @@ def fuse(model: onnx.ModelProto, capability: int = 90, batch: int = 8, halves: b
 
 
 class _Fuser(Editor):
-    def __init__(self, model: onnx.ModelProto, capability: int, batch: int, halves: bool):
+    def __init__(self, model: onnx.ModelProto, capability: int, batch: int, halves: bool, tma: bool):
         super().__init__(model)
-        self.capability, self.batch, self.halves = capability, batch, halves
+        self.capability, self.batch, self.halves, self.tma = capability, batch, halves, tma
         self.made = {name: node for node in self.graph.node for name in node.output}
         self.shapes = {
             value.name: [dim.dim_value or dim.dim_param for dim in value.type.tensor_type.shape.dim]
@@ -204,8 +261,8 @@ class _Fuser(Editor):
         self.ours: set[str] = set()
 
     def launch(self, kernel: Kernel, grid, arguments: dict[str, object], outputs: dict[str, tuple], name: str) -> None:
-        """A node that runs `kernel`. arguments: a (tensor, type, offset in bytes), a number's text, or nothing; outputs: what
-        an argument is called -> (tensor, type, dims)."""
+        """A node that runs `kernel`. arguments: (tensor, type, offset in bytes), with (rows, columns, stride) behind it for what
+        is read by the tensor memory accelerator, or a number's text, or nothing; outputs: argument -> (tensor, type, dims)."""
         tensors: dict[str, str] = {}
         lines = []
         for argument in kernel.arguments:
@@ -213,9 +270,15 @@ class _Fuser(Editor):
             if argument in outputs:
                 lines.append(f"arg out {list(outputs).index(argument)}")
             elif isinstance(value, tuple):
-                tensor, kind, offset = value
+                tensor, kind, offset, *shape = value
                 tensors.setdefault(tensor, kind)
-                lines.append(f"arg in {list(tensors).index(tensor)} {offset}")
+                where = f"{list(tensors).index(tensor)} {offset}"
+                if argument in kernel.maps:
+                    rows, columns, stride = shape
+                    lines.append(f"arg map {where} {rows} {columns} {stride} {' '.join(map(str, kernel.maps[argument]))}")
+                    lines += [f"arg i32 {number}" for number in (rows, columns, stride, 1)]
+                else:
+                    lines.append(f"arg in {where}")
             elif value is None:
                 lines.append("arg null")
             else:
@@ -253,7 +316,7 @@ class _Fuser(Editor):
         position_table, time_table = (self.weights[name] if name else None for name in (position, time))
         sizes = Sizes(
             length=length, heads=heads, d=d, batch=self.batch, num_context=wanted["num_context"], position=bool(position),
-            time=time_table.shape[1] if time else 0, candidates=bool(candidates),
+            time=time_table.shape[1] if time else 0, candidates=bool(candidates), tma=self.tma,
         )  # fmt: skip
         kernel, plan = attention_kernel(sizes, self.capability), sizes.plan(self.capability)
         offsets = self.constant(f"offsets_{length}", (np.arange(MOST_ROWS + 1) * length).view(np.int32))
@@ -261,6 +324,7 @@ class _Fuser(Editor):
         for letter, name in zip("QKV", (q, k, v)):
             tensor, width, first = self.source(name)
             given[letter] = (self.as_half(tensor), "half", 2 * first)
+            given[f"{letter}Tiles"] = (*given[letter], f"0:{length}", heads * d, width)
             given |= {f"{letter.lower()}_row": width, f"{letter.lower()}_head": d}
         if candidates:
             given["NumCandidates"] = (candidates, "int32", 0)
@@ -305,6 +369,26 @@ class _Fuser(Editor):
             self.launch(kernel, (plan.max_tiles * plan.parts, "0:1", 1), given, outputs, f"prepare_{number}")
             self.prepared[key] = {name: tensor for name, (tensor, _, _) in outputs.items()}
         return self.prepared[key]
+
+    def linear(self, node: onnx.NodeProto) -> None:
+        x, weight, bias, *residual = node.input
+        columns, depth = self.weights[weight].shape
+        length = self.shapes[x][1]
+        tiles = linear_tiles(length * self.batch, columns)
+        kernel = linear_kernel(tiles, not residual, self.capability)
+        given: dict[str, object] = {
+            "X": (self.as_half(x), "half", 0), "Weight": (self.half(weight), "half", 0), "Bias": (self.half(bias), "half", 0),
+            "x_row": depth, "rows": f"0:{length}", "columns": columns, "depth": depth, "residual_row": columns,
+        }  # fmt: skip
+        given["XTiles"] = (*given["X"], f"0:{length}", depth, depth)
+        given["WeightTiles"] = (*given["Weight"], columns, depth, depth)
+        if residual:
+            given["Residual"] = (self.as_half(residual[0]), "half", 0)
+        per_column = triton.cdiv(columns, tiles.block_n)
+        if length % tiles.block_m:
+            raise FuseError(f"{length} rows a sequence are no multiple of {tiles.block_m}: the grid would not be whole")
+        outputs = {"Out": (node.output[0], "half", ("0:1", length, columns))}
+        self.launch(kernel, (f"0:{length // tiles.block_m * per_column}", 1, 1), given, outputs, f"{node.name}_linear")
 
     def norm_gate(self, node: onnx.NodeProto) -> None:
         attended, gate, weight, bias = node.input

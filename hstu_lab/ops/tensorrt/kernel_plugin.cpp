@@ -4,6 +4,8 @@
 //     kernel NAME | threads N | shared BYTES | grid X Y Z | in TYPE... | out TYPE DIM... | arg KIND VALUE
 // where a number is A or A:B, which stands for A + B * (rows of the first input), and an argument is one of
 //     in INDEX BYTES | out INDEX | i32 NUMBER | f32 NUMBER | null
+//     map INDEX BYTES ROWS COLUMNS STRIDE BOX_ROWS BOX_COLUMNS SWIZZLE
+// A map describes a matrix of halves to the tensor memory accelerator (compute capability 9 and up); STRIDE counts elements.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -33,6 +35,8 @@ struct Driver
     int (*setAttribute)(void*, int, int);
     int (*launch)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
     int (*unload)(void*);
+    int (*encodeMap)(void*, int, unsigned, void*, uint64_t const*, uint64_t const*, uint32_t const*, uint32_t const*, int, int,
+        int, int);
     int (*errorName)(int, char const**);
 
     static Driver const* get()
@@ -43,7 +47,9 @@ struct Driver
             return library && find(library, "cuModuleLoadData", driver.loadModule)
                 && find(library, "cuModuleGetFunction", driver.getFunction)
                 && find(library, "cuFuncSetAttribute", driver.setAttribute) && find(library, "cuLaunchKernel", driver.launch)
-                && find(library, "cuModuleUnload", driver.unload) && find(library, "cuGetErrorName", driver.errorName);
+                && find(library, "cuModuleUnload", driver.unload)
+                && find(library, "cuTensorMapEncodeTiled", driver.encodeMap)
+                && find(library, "cuGetErrorName", driver.errorName);
         }();
         return found ? &driver : nullptr;
     }
@@ -96,10 +102,11 @@ struct Output
 
 struct Argument
 {
-    enum Kind { IN, OUT, I32, F32, NOTHING } kind;
+    enum Kind { IN, OUT, I32, F32, MAP, NOTHING } kind;
     size_t index = 0;
     Number number;
     float real = 0;
+    Number rows, columns, stride, boxRows, boxColumns, swizzle;
 };
 
 bool typeOf(std::string const& name, DataType& type)
@@ -134,14 +141,15 @@ struct Launch
             }
         }
         for (auto const& argument : arguments)
-            if ((argument.kind == Argument::IN && argument.index >= inputs.size())
-                || (argument.kind == Argument::OUT && argument.index >= outputs.size()))
+            if (argument.index >= (argument.kind == Argument::OUT ? outputs.size() : inputs.size()))
                 return false;
         return !kernel.empty() && threads.fixed > 0 && !inputs.empty() && !outputs.empty()
-            && arguments.size() <= MOST_ARGUMENTS;
+            && arguments.size() <= MOST_ARGUMENTS
+            && std::count_if(arguments.begin(), arguments.end(), [](auto const& a) { return a.kind == Argument::MAP; })
+                <= static_cast<long>(MOST_MAPS);
     }
 
-    static constexpr size_t MOST_ARGUMENTS = 64;
+    static constexpr size_t MOST_ARGUMENTS = 64, MOST_MAPS = 4;
 
 private:
     // Not through a stream: where a process holds two C++ libraries, streams of one cannot read numbers with the other's.
@@ -197,23 +205,48 @@ private:
     {
         static std::map<std::string, std::pair<Argument::Kind, size_t>> const kinds{{"in", {Argument::IN, 4}},
             {"out", {Argument::OUT, 3}}, {"i32", {Argument::I32, 3}}, {"f32", {Argument::F32, 3}},
-            {"null", {Argument::NOTHING, 2}}};
+            {"map", {Argument::MAP, 10}}, {"null", {Argument::NOTHING, 2}}};
         auto found = kinds.find(words[1]);
         if (found == kinds.end() || words.size() != found->second.second)
             return false;
         Argument argument{};
         argument.kind = found->second.first;
-        if (argument.kind == Argument::IN || argument.kind == Argument::OUT)
+        bool const onTensor = argument.kind == Argument::IN || argument.kind == Argument::MAP;
+        if (onTensor || argument.kind == Argument::OUT)
             argument.index = std::strtoul(words[2].c_str(), nullptr, 10);
         if (argument.kind == Argument::F32)
             argument.real = std::strtof(words[2].c_str(), nullptr);
-        if ((argument.kind == Argument::IN && !argument.number.parse(words[3]))
-            || (argument.kind == Argument::I32 && !argument.number.parse(words[2])))
+        if ((onTensor && !argument.number.parse(words[3])) || (argument.kind == Argument::I32 && !argument.number.parse(words[2])))
             return false;
+        Number* const parts[]{&argument.rows, &argument.columns, &argument.stride, &argument.boxRows, &argument.boxColumns,
+            &argument.swizzle};
+        for (size_t i = 0; argument.kind == Argument::MAP && i < 6; ++i)
+            if (!parts[i]->parse(words[4 + i]))
+                return false;
         arguments.push_back(argument);
         return true;
     }
 };
+
+// ---- what the tensor memory accelerator reads by
+
+struct alignas(64) TensorMap
+{
+    unsigned char bytes[128];
+};
+
+bool encode(TensorMap& map, Argument const& argument, void const* address, int32_t batch, std::string const& kernel)
+{
+    constexpr int HALF = 6, PLAIN = 0, L2_128_BYTES = 2;
+    uint64_t const dims[]{static_cast<uint64_t>(argument.columns.at(batch)), static_cast<uint64_t>(argument.rows.at(batch))};
+    uint64_t const strides[]{2 * static_cast<uint64_t>(argument.stride.at(batch)), 0};
+    uint32_t const box[]{static_cast<uint32_t>(argument.boxColumns.fixed), static_cast<uint32_t>(argument.boxRows.fixed)};
+    uint32_t const steps[]{1, 1};
+    auto start = const_cast<char*>(static_cast<char const*>(address)) + argument.number.at(batch);
+    return !failed("describing a tensor", kernel,
+        Driver::get()->encodeMap(&map, HALF, 2, start, dims, strides, box, steps, PLAIN,
+            static_cast<int>(argument.swizzle.fixed), L2_128_BYTES, PLAIN));
+}
 
 // ---- machine code on the GPU, shared by all layers that run it
 
@@ -331,9 +364,17 @@ public:
         auto rows = described[0].dims.size[0];
         uint64_t values[Launch::MOST_ARGUMENTS];
         void* pointers[Launch::MOST_ARGUMENTS];
-        size_t count = 0;
+        TensorMap maps[Launch::MOST_MAPS];
+        size_t count = 0, mapped = 0;
         for (auto const& argument : launch.arguments)
         {
+            if (argument.kind == Argument::MAP)
+            {
+                if (!encode(maps[mapped], argument, inputs[argument.index], rows, launch.kernel))
+                    return 1;
+                pointers[count++] = &maps[mapped++];
+                continue;
+            }
             uint64_t value = 0;
             switch (argument.kind)
             {
@@ -343,6 +384,7 @@ public:
             case Argument::OUT: value = reinterpret_cast<uint64_t>(outputs[argument.index]); break;
             case Argument::I32: value = static_cast<uint32_t>(argument.number.at(rows)); break;
             case Argument::F32: std::memcpy(&value, &argument.real, sizeof argument.real); break;
+            case Argument::MAP:
             case Argument::NOTHING: break;
             }
             values[count] = value;
