@@ -160,7 +160,7 @@ def export(folder: pathlib.Path, cases=CASES, config=None) -> None:
     import torch
 
     from hstu_lab import onnx_export, onnx_precision, tensorrt_kernels
-    from hstu_lab.onnx_fused import REFERENCE
+    from hstu_lab.tensorrt_parts import REFERENCE
 
     config, parts, model = make_parts(config)
     for part, length, fused in dict.fromkeys((case.part, case.length, case.fused) for case in cases):
@@ -185,7 +185,7 @@ def export(folder: pathlib.Path, cases=CASES, config=None) -> None:
 
 
 def _fused(part: str, model, fused):
-    from hstu_lab.onnx_fused import FusedRankerPart, FusedStackPart
+    from hstu_lab.tensorrt_parts import FusedRankerPart, FusedStackPart
 
     made = {"stack": FusedStackPart, "ranker": FusedRankerPart}[part](model).eval()
     made.linear = fused == "all"

@@ -18,7 +18,7 @@ from onnx import helper
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hstu_lab.onnx_fused import DOMAIN
+from hstu_lab.tensorrt_parts import DOMAIN
 from hstu_lab.onnx_precision import _Editor as Editor
 from hstu_lab.ops.reference import RelativeBias
 from hstu_lab.ops.triton_compile import compiled_modules
@@ -54,7 +54,7 @@ _ALIGNED = (
 
 
 class FuseError(ValueError):
-    """A graph that is not as `hstu_lab.onnx_fused` traces it, or sizes that the kernels do not take."""
+    """A graph that is not as `hstu_lab.tensorrt_parts` traces it, or sizes that the kernels do not take."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +225,7 @@ def fuse(model: onnx.ModelProto, capability: int = 90, batch: int = 8, halves: b
     """A copy in which `HstuAttention` and `NormGate` are kernels compiled for `capability`, tiled for `batch` sequences.
 
     `halves` puts a cast to float16 before each; without, the engine must choose float16 there by itself (TensorRT 8). Raises
-    FuseError for a graph that `hstu_lab.onnx_fused` did not trace.
+    FuseError for a graph that `hstu_lab.tensorrt_parts` did not trace.
     """
     edit = _Fuser(model, capability, batch, halves, tma)
     for node in list(edit.graph.node):

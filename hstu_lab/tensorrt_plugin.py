@@ -17,7 +17,7 @@ import sys
 
 from hstu_lab.tensorrt_library import EngineError, Library
 
-SOURCES = pathlib.Path(__file__).parent / "ops" / "tensorrt"
+SOURCES = pathlib.Path(__file__).parent
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-static-libstdc++", "-static-libgcc")
 
 
@@ -29,14 +29,14 @@ def cache_folder() -> pathlib.Path:
     """HSTU_LAB_KERNELS, else `.build/kernels` of the checkout, else `~/.cache/hstu_lab/kernels`."""
     if given := os.environ.get("HSTU_LAB_KERNELS"):
         return pathlib.Path(given)
-    checkout = SOURCES.parents[2]
+    checkout = SOURCES.parent
     there = (checkout / "pyproject.toml").exists()
     return (checkout / ".build" if there else pathlib.Path.home() / ".cache/hstu_lab") / "kernels"
 
 
 def compile_plugin() -> pathlib.Path:
     """The shared library, compiled at the first call for this source: about three seconds. Raises PluginError."""
-    sources = sorted(SOURCES.glob("*.h")) + sorted(SOURCES.glob("*.cpp"))
+    sources = [SOURCES / name for name in ("tensorrt_abi.h", "tensorrt_plugin.cpp")]
     digest = hashlib.sha256("\0".join([*FLAGS, *(path.read_text() for path in sources)]).encode()).hexdigest()[:16]
     made = cache_folder() / f"tensorrt_plugin-{digest}.so"
     if not made.exists():
@@ -48,7 +48,7 @@ def compile_plugin() -> pathlib.Path:
             made.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise PluginError(f"{made.parent}: cannot be written to ({error.strerror}); set HSTU_LAB_KERNELS") from error
-        command = [compiler, *FLAGS, "-o", str(partial), str(SOURCES / "kernel_plugin.cpp"), "-ldl"]
+        command = [compiler, *FLAGS, "-o", str(partial), str(sources[-1]), "-ldl"]
         said = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LD_LIBRARY_PATH": ""})
         if said.returncode != 0:
             raise PluginError(f"{compiler} refuses the plugin: {said.stderr.strip()[-400:]}")

@@ -19,7 +19,7 @@
 #include <utility>
 #include <vector>
 
-#include "abi.h"
+#include "tensorrt_abi.h"
 
 namespace
 {

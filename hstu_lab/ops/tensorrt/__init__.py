@@ -1,1 +1,0 @@
-"""C++ source of the TensorRT plugin; `hstu_lab.tensorrt_plugin` compiles it."""
