@@ -18,10 +18,10 @@ from onnx import helper
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hstu_lab.tensorrt_parts import DOMAIN
 from hstu_lab.onnx_precision import _Editor as Editor
 from hstu_lab.ops.reference import RelativeBias
 from hstu_lab.ops.triton_compile import compiled_modules
+from hstu_lab.tensorrt_parts import DOMAIN
 
 MOST_ROWS = 1024
 """Sequences of a batch that the constant offsets reach."""
