@@ -20,7 +20,7 @@ MASKED = -(2.0**15)
 """Logit, inside the files, of an id that names no item: finite in every precision, far below any cosine / temperature."""
 MOST_NOISE = 0.02
 """Products whose input int8 would blur by more than this stay fp16: gated sums have few values far out that stretch the step."""
-MOST_ERROR = 0.035
+MOST_ERROR = 0.025
 """Largest error of a part's outputs, relative to the largest value of each, that its own int8 products may cause."""
 
 _SAMPLED = 200_000
