@@ -6,7 +6,8 @@
     python -m hstu_lab.tensorrt_bench expected FOLDER   # outputs in PyTorch's fp32; a GPU
     python -m hstu_lab.tensorrt_bench torch FOLDER      # PyTorch's times; a GPU
     python -m hstu_lab.tensorrt_bench engines FOLDER    # engines, their errors and times; a GPU, TensorRT, no PyTorch
-    python -m hstu_lab.tensorrt_bench record FOLDER     # both as one record in data/measured
+    python -m hstu_lab.tensorrt_bench kernels FOLDER    # kernels of one run, from Nsight Compute's tables in FOLDER
+    python -m hstu_lab.tensorrt_bench record FOLDER     # all as one record in data/measured
 
 Two processes, because TensorRT 8.6 and PyTorch may need two Pythons; what they share lies in FOLDER. Weights are random, made
 from their names, so that both have the same ones. Results are kept case by case: a time limit costs the rest only.
@@ -15,6 +16,7 @@ from their names, so that both have the same ones. Results are kept case by case
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import json
 import os
@@ -320,6 +322,21 @@ def once(folder: pathlib.Path, cases=CASES, effort: int | None = None) -> None:
                 engine.infer({k: v.astype(types[k]) for k, v in make_inputs(case, batch, preset("gr-3b"), True).items()})
 
 
+def kernels(folder: pathlib.Path) -> None:
+    """Seconds of each kernel of one run, by name, longest first, from what Nsight Compute said of step `once`, which is
+    `ncu --csv --metrics gpu__time_duration.sum python -m hstu_lab.tensorrt_bench once ... > "FOLDER/ncu-CASE b8 effort 2.csv"`.
+    """
+    results = Results(folder / "ncu.jsonl")
+    for path in sorted(folder.glob("ncu-*.csv")):
+        spent: dict[str, float] = {}
+        for row in csv.DictReader(line for line in path.read_text().splitlines() if line.startswith('"')):
+            seconds = float(row["Metric Value"].replace(",", "")) * {"ns": 1e-9, "us": 1e-6}[row["Metric Unit"]]
+            spent[row["Kernel Name"][:160]] = spent.get(row["Kernel Name"][:160], 0.0) + seconds
+        if spent:
+            longest = dict(sorted(spent.items(), key=lambda kv: -kv[1])[:20])
+            results.add(name=f"{path.stem.removeprefix('ncu-')} kernels", kernels=longest, all_kernels=sum(spent.values()))
+
+
 def _is_built(folder: pathlib.Path, case: Case, batch: int) -> bool:
     """Whether there is an engine of that case at some effort."""
     stem = _fixed(folder, case, batch).stem
@@ -412,8 +429,8 @@ def record(folder: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    steps = ("export", "strip", "fill", "expected", "compile", "torch", "onnxruntime", "build", "engines", "once", "record")
-    parser.add_argument("step", choices=steps)
+    steps = ("export", "strip", "fill", "expected", "compile", "torch", "onnxruntime", "build", "engines", "once", "kernels")
+    parser.add_argument("step", choices=(*steps, "record"))
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("to", type=pathlib.Path, nargs="?", help="steps strip and fill: where to write")
     parser.add_argument("--only", default="", help="cases (steps compile and torch: parts) whose names match this")
@@ -436,6 +453,8 @@ def main() -> None:
         export(options.folder, cases)
     elif options.step == "engines":
         engines(options.folder, cases, options.seconds, options.name, options.built, options.effort)
+    elif options.step == "kernels":
+        kernels(options.folder)
     elif options.step in ("build", "once"):
         {"build": build, "once": once}[options.step](options.folder, cases, options.effort)
     elif options.step in ("compile", "torch", "onnxruntime"):
