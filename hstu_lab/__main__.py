@@ -113,6 +113,7 @@ def _read(path, catalog, options: argparse.Namespace):
 
 def _batch(recommender, histories, options: argparse.Namespace) -> int:
     """One JSON line a user; a user that cannot be served is reported on stderr and the others are."""
+    from hstu_lab.event_log import printable
     from hstu_lab.pipeline import RequestError
 
     good, failed = [], 0
@@ -129,7 +130,7 @@ def _batch(recommender, histories, options: argparse.Namespace) -> int:
         if options.json:
             print(json.dumps(answer.to_dict()))
         else:
-            print(f"{answer.user}: " + ", ".join(item.title for item in answer.items))
+            print(printable(f"{answer.user}: " + ", ".join(item.title for item in answer.items)))
     print(f"{len(answers)} users served, {failed} not", file=sys.stderr)
     if not options.json and answers:
         print("\n" + recommender.telemetry.table())
@@ -196,8 +197,11 @@ def _load(options: argparse.Namespace) -> int:
 
     settings = _settings(options)
     from hstu_lab import events, load
+    from hstu_lab.measure import check_name
     from hstu_lab.pipeline import SAMPLE
 
+    if options.record:
+        check_name(options.record)
     log = events.read_events(settings.events or SAMPLE)
     sample = load.bodies(log, 2000, task=settings.task, deadline_ms=5000)
 
@@ -260,10 +264,11 @@ def _train(options: argparse.Namespace) -> int:
 
     config = preset(options.preset)
     if options.events == "synthetic":
-        log = events.World(config, seed=options.seed).generate(config.num_users - 1, seed=options.seed)
+        training.prove_room(config)  # a log for all users of a preset that is too large takes minutes
+        log = events.World(config, seed=options.seed).generate(seed=options.seed)
     else:
         log = _read(options.events, None, options)
-    out = pathlib.Path(options.out) if options.out else CHECKPOINTS / "local" / options.preset
+    out = pathlib.Path(options.out) if options.out else CHECKPOINTS / "local" / f"{options.preset}-{log.catalog.name}"
     minutes = options.minutes if options.minutes or options.steps else 5.0
     result = training.train(
         training.fit_config(config, log), log, out, minutes=minutes, steps=options.steps, seed=options.seed,

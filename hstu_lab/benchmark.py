@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from tqdm.auto import tqdm
 
+from hstu_lab.config import TASK_NAMES
 from hstu_lab.events import History
 from hstu_lab.measure import Measurement, Record, write_record
 from hstu_lab.pipeline import Recommendation, Recommender
-from hstu_lab.settings import TASK_NAMES
 from hstu_lab.strategies import STAGES
 from hstu_lab.telemetry import PERCENTILES, Histogram
 

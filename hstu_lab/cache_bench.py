@@ -4,7 +4,8 @@
     python -m hstu_lab.cache_bench traces [--movielens ml-1m.zip] [--grocery grocery.csv.gz] [--out FOLDER]
 
 Writes data/measured/<device>/hot_cache.json and cache_traces.json. `gpu` needs PyTorch, Triton and an NVIDIA GPU, nothing else
-of the project's stack; `traces` runs on one CPU core. Without files, `traces` takes synthetic ones.
+of the project's stack; where fbgemm-gpu's CUDA build is installed, its tables are measured beside. `traces` runs on one CPU core.
+Without files, `traces` takes synthetic ones.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import multiprocessing
 import pathlib
 import statistics
@@ -23,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hstu_lab import measure
+from hstu_lab import cache_fbgemm, measure
 from hstu_lab.hot_cache import HotCache, quantize_rows
 
 WIDTH, ROWS, HOT, BATCH = 1024, 2**21, 400_000, 2**14
@@ -32,6 +34,12 @@ CAPACITY = 2**19
 REQUESTS = 300
 FRESH = 256
 """Batches in rotation: their rare rows are more than the slots left over for them, so that they miss every time."""
+ASKED = 4 * FRESH
+"""Batches in rotation where it must be long until a rare row comes again: a cache of a quarter of the rows turns over sooner."""
+CHECKED = 16
+"""Batches that nobody has asked for before, to count hits on and to compare the rows."""
+SKEW = 1.05
+"""Of the Zipf traffic that FBGEMM is compared on: the quarter of the rows asked for most is asked for in 94 cases of 100."""
 
 
 def timed(fn, name: str, *, moved: float = 0, inputs=None, graph: bool = True) -> measure.Measurement:
@@ -54,6 +62,28 @@ def host_seconds(fn, calls: int = 50) -> float:
         best = min(best, (time.perf_counter() - start) / calls)
     torch.cuda.synchronize()
     return best
+
+
+def gpu_seconds(fn, inputs, calls: int = 8, samples: int = 5) -> float:
+    """Seconds of GPU time of one call, however long the host takes to issue it: the calls queue up behind a kernel that waits.
+
+    Median of `samples`. Raises RuntimeError where the host cannot get ahead.
+    """
+    took, arguments, cycles = [], itertools.cycle(inputs), 4 * 10**7
+    while len(took) < samples:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(cycles)
+        start.record()
+        for _ in range(calls):
+            fn(*next(arguments))
+        end.record()
+        ahead = not start.query()
+        end.synchronize()
+        if ahead:
+            took.append(start.elapsed_time(end) / 1e3 / calls)
+        elif (cycles := 2 * cycles) > 10**9:
+            raise RuntimeError(f"the host does not get {calls} calls ahead of the GPU")
+    return statistics.median(took)
 
 
 class Traffic:
@@ -160,9 +190,10 @@ def through_the_cache(record: measure.Record, table: Tensor) -> None:
         results.append(timed(cache.rows, f"cache.rows {BATCH}, aimed at {share:.0%} hits", inputs=sets, graph=False))
         after = cache.stats()
         ratio = 1 - (after.misses - before.misses) / (after.lookups - before.lookups)
-        issued = host_seconds(functools.partial(cache.lookup, sets[0][0]))
-        record.data[results[-1].name] = {"hit ratio": ratio, "host seconds to issue one": issued, "gpu bytes": after.gpu_bytes}
-        print(f"{'':58s} hit ratio {ratio:.3f}, host {issued * 1e6:.0f} us to issue")
+        alone, issued = gpu_seconds(cache.rows, sets), host_seconds(functools.partial(cache.lookup, sets[0][0]))
+        record.data[results[-1].name] = {"hit ratio": ratio, "host seconds to issue one": issued, "gpu bytes": after.gpu_bytes,
+                                         "GPU seconds": alone}  # fmt: skip
+        print(f"{'':58s} {alone * 1e6:.1f} us of the GPU alone, hit ratio {ratio:.3f}, host {issued * 1e6:.0f} us to issue")
     ids, work = sets[0][0], cache._work[0]
     out = torch.empty(BATCH, WIDTH, dtype=table.dtype, device="cuda")
     each = {
@@ -271,11 +302,11 @@ def sizes(record: measure.Record, table: Tensor) -> None:
             capacity = int(share * ROWS)
             spares = min(max(64, capacity // 64), 4096)
             cache = warmed(table, order[: capacity - 2 * spares], capacity)
-            sets = [(batch(),) for _ in range(FRESH)]
+            sets = [(batch(),) for _ in range(ASKED)]
             for (ids,) in sets[:64]:
                 cache.rows(ids)
             before = cache.stats()
-            result = timed(cache.rows, f"Zipf {skew}, cache of {share:.0%}", inputs=sets, graph=False)
+            result = timed(cache.rows, f"Zipf {skew}, cache of {share:.0%}", inputs=sets[64:], graph=False)
             after = cache.stats()
             ratio = 1 - (after.misses - before.misses) / (after.lookups - before.lookups)
             record.measurements.append(result)
@@ -301,10 +332,117 @@ def int8_rows(record: measure.Record, table: Tensor) -> None:
             record.measurements.append(timed(cache.rows, f"{name} rows, {BATCH}, {share:.0%} hits", inputs=sets, graph=False))
 
 
-PARTS = {"kernels": kernels, "rows": through_the_cache, "requests": requests, "sizes": sizes, "int8": int8_rows}
+class Held:
+    """Where the rows may be, besides FBGEMM's tables: behind a hot cache (policy), or as they are. Asked like an `UvmTable`."""
+
+    def __init__(self, table: Tensor, policy: str | None = None):
+        self.table, self.policy, self.caches = table, policy, policy is not None
+        self.out = torch.empty(BATCH, WIDTH, dtype=table.dtype, device="cuda")
+        self.forget()
+
+    def forget(self) -> None:
+        self.cache = HotCache(self.table, CAPACITY, "cuda", policy=self.policy) if self.caches else None
+
+    def rows(self, ids: Tensor) -> Tensor:
+        from hstu_lab.ops import triton_cache
+
+        return self.cache.rows(ids) if self.caches else triton_cache.gather(self.table, ids, self.out[: len(ids)])
+
+    def cached(self, ids: Tensor) -> Tensor:
+        return self.cache.state.slot_of[ids] >= 0
+
+
+def quickest_bag(table: Tensor, training: bool) -> tuple[int, dict]:
+    """How many ids one warp of FBGEMM's operator best reads: (number, {number: GPU seconds}), all rows in GPU memory."""
+    store = cache_fbgemm.UvmTable(table, "DEVICE", training=training)
+    took, traffic = {}, Traffic()
+    sets = [(traffic.batch(1.0),) for _ in range(16)]
+    for store.bag in (1, 4, 16, 64):
+        store.rows(*sets[0])
+        took[store.bag] = gpu_seconds(store.rows, sets)
+    print(f"FBGEMM {'for training' if training else 'inference'}, ids a warp: "
+          + ", ".join(f"{bag}: {1e6 * seconds:.1f} us" for bag, seconds in took.items()), flush=True)  # fmt: skip
+    return min(took, key=took.get), took
+
+
+def against_fbgemm(record: measure.Record, table: Tensor) -> None:
+    """The same lookups through FBGEMM's tables and through ours, each in the other places that rows could be too."""
+    if reason := cache_fbgemm.missing():
+        record.data["fbgemm"] = {"not measured": reason}
+        print(reason, flush=True)
+        return
+    import fbgemm_gpu
+
+    traffic = Traffic()
+    order = torch.randperm(ROWS, device="cuda", generator=traffic.generator)
+    weight = torch.arange(1, ROWS + 1, device="cuda", dtype=torch.float64).pow(-SKEW).cumsum(0)
+
+    def zipf():
+        u = torch.rand(BATCH, device="cuda", generator=traffic.generator, dtype=torch.float64) * weight[-1]
+        return order[torch.searchsorted(weight, u).clamp(max=ROWS - 1)]
+
+    # Rows to begin with, and what is asked for then: filling by traffic alone would take longer than the measurement.
+    hot, popular = torch.arange(HOT, device="cuda"), order[: CAPACITY - 2 * 4096]
+    asked = {
+        "all hits": (hot, [(traffic.batch(1.0),) for _ in range(ASKED + CHECKED)]),
+        "90 % to hot rows": (hot, [(traffic.batch(0.9),) for _ in range(ASKED + CHECKED)]),
+        f"Zipf {SKEW}": (popular, [(zipf(),) for _ in range(ASKED + CHECKED)]),
+    }
+    bags = {training: quickest_bag(table, training) for training in (False, True)}
+    uvm = functools.partial(cache_fbgemm.UvmTable, table, "MANAGED_CACHING", CAPACITY)
+    stores = {
+        "hot cache, LRU": lambda: Held(table, "lru"),
+        "hot cache, LFU": lambda: Held(table, "lfu"),
+        "pinned host, our gather": lambda: Held(table),
+        "HBM, our gather": lambda: Held(table.cuda()),
+        "FBGEMM, HBM": lambda: cache_fbgemm.UvmTable(table, "DEVICE", bag=bags[False][0]),
+        "FBGEMM, unified memory": lambda: cache_fbgemm.UvmTable(table, "MANAGED", bag=bags[False][0]),
+        "FBGEMM, unified memory, cached, LRU": lambda: uvm(bag=bags[False][0]),
+        "FBGEMM, unified memory, cached, LFU": lambda: uvm(algorithm="LFU", bag=bags[False][0]),
+        "FBGEMM for training, unified memory, cached, LRU": lambda: uvm(training=True, bag=bags[True][0]),
+        "FBGEMM for training, unified memory, cached, LFU": lambda: uvm(algorithm="LFU", training=True, bag=bags[True][0]),
+    }
+    cases = []
+    record.data["fbgemm"] = {"version": fbgemm_gpu.__version__, "cases": cases, "skew": SKEW, "capacity": CAPACITY,
+                             "ids a warp, and GPU seconds": {"inference": bags[False][1], "training": bags[True][1]}}  # fmt: skip
+    for name, build in stores.items():
+        held, started = torch.cuda.memory_allocated(), time.perf_counter()
+        store = build()
+        torch.cuda.synchronize()
+        print(f"{name}: built in {time.perf_counter() - started:.1f} s", flush=True)
+        gpu_bytes = torch.cuda.memory_allocated() - held
+        for what, (start, sets) in asked.items():
+            before, timed_on, alone_on, after = sets[:FRESH], sets[FRESH : ASKED - 64], sets[ASKED - 64 : ASKED], sets[ASKED:]
+            if store.caches:
+                store.forget()
+                for part in start.split(4096):
+                    store.rows(part)
+                for (ids,) in before:
+                    store.rows(ids)
+            result = timed(store.rows, f"{name}, {what}", inputs=timed_on, graph=False)
+            record.measurements.append(result)
+            alone = gpu_seconds(store.rows, alone_on)
+            hits = []
+            for (ids,) in after:
+                hits.append(store.cached(ids).float().mean() if store.caches else torch.tensor(torch.nan))
+                if not torch.equal(store.rows(ids), table[ids.cpu()].cuda()):
+                    raise RuntimeError(f"{name}, {what}: the rows are not the table's")
+            ratio = float(torch.stack(hits).mean()) if store.caches else None
+            cases.append({"where": name, "asked": what, "seconds": result.median, "GPU seconds": alone, "gpu bytes": gpu_bytes,
+                          "hit ratio": ratio,
+                          "host seconds to issue one": host_seconds(functools.partial(store.rows, ids))})  # fmt: skip
+            print(f"{'':58s} {alone * 1e6:9.1f} us of the GPU alone, hit ratio {ratio}, "
+                  f"host {cases[-1]['host seconds to issue one'] * 1e6:.0f} us to issue", flush=True)  # fmt: skip
+        del store
+        torch.cuda.empty_cache()
+
+
+PARTS = {"kernels": kernels, "rows": through_the_cache, "requests": requests, "sizes": sizes, "int8": int8_rows,
+         "fbgemm": against_fbgemm}  # fmt: skip
 
 
 def gpu(arguments: argparse.Namespace) -> None:
+    measure.require_gpu()
     record = measure.Record.here("hot_cache", command="python -m hstu_lab.cache_bench gpu")
     table = host_table()
     failed = []
@@ -316,8 +454,9 @@ def gpu(arguments: argparse.Namespace) -> None:
         except Exception:  # one part that fails must not lose the others' measurements
             traceback.print_exc()
             failed.append(part)
+        finally:  # nor may one that is interrupted
+            measure.write_record(record, arguments.out)
         torch.cuda.empty_cache()
-        measure.write_record(record, arguments.out)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

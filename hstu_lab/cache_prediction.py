@@ -1,7 +1,8 @@
 """A cache policy that learns on line when each row will be asked for again, from what a recommender sees of its users.
 
 `play(trace, capacity)` runs the predictor beside every classic policy of `cache_policies`, all demand-only, and one real cache
-that follows the predictor while it helps and the best classic policy while it does not (its `Played` says when).
+that follows the predictor while it helps and the best classic policy while it does not (its `Played` says when). `Watch` is the
+same predictor on line, beside a `hot_cache.HotCache` that serves.
 
 The predictor is a network of one hidden layer on `cache_features.FEATURES`. It tells the chance that a row is asked for within
 each of `BINS` spans, given that it was not before (a discrete-time hazard: Singer and Willett, 1993), learned on rows sampled as
@@ -53,7 +54,8 @@ jit = njit(cache=True, nogil=True, fastmath=True)
 class Played:
     """One run over a trace. hits (T,) bool of the real cache; shadow {policy: (T,) bool} of every policy on its own, "predicted"
     included; leader (T,) int8: which was followed, an index into `policies`. outlook (N,) float32: for each row, after the last
-    access, the logarithm of its index (-inf for a row never seen): what `hot_cache.HotCache.prioritise` takes."""
+    access, the logarithm of its index (-inf for a row never seen): what `hot_cache.HotCache.prioritise` takes. network: the
+    predictor as it is then, for a `Watch` to go on with."""
 
     trace: Trace
     capacity: int
@@ -61,6 +63,7 @@ class Played:
     shadow: dict[str, np.ndarray]
     leader: np.ndarray
     outlook: np.ndarray
+    network: Network
     policies: tuple[str, ...] = (*POLICIES, "predicted")
 
     @property
@@ -306,11 +309,24 @@ def _play(
                             break
                 real[real_at[old]], real_at[i] = i, real_at[old]
                 real_at[old] = -1
-    for i in range(len(outlook)):
-        if k.row[i, 3] > 0:
-            features(x, k, i, len(items), times[-1])
+    _outlook(k, np.arange(len(outlook)), len(items), times[-1], smooth, scale, outlook)
+
+
+@jit
+def _outlook(k, rows, t, now, smooth, scale, outlook):
+    """The index of every row of `rows` that has been asked for, after t accesses, at time now."""
+    x, h = np.zeros(F, np.float32), np.zeros(HIDDEN, np.float32)
+    for r in range(len(rows)):
+        if k.row[rows[r], 3] > 0:
+            features(x, k, rows[r], t, now)
             _standard(x, scale)
-            outlook[i] = _index(x, smooth, h)
+            outlook[r] = _index(x, smooth, h)
+
+
+@jit
+def _see(k, t, items, user, now, seconds):
+    for j in range(len(items)):
+        observe(k, t + j, items[j], user, now, j == 0, seconds if j == 0 else 0)
 
 
 @dataclasses.dataclass
@@ -338,6 +354,36 @@ class Network:
         scale[1] = 1
         return cls(weights, np.zeros(WEIGHTS, np.float32), np.zeros(WEIGHTS, np.float32), np.zeros(1, np.int64),
                    weights.copy(), scale, np.zeros((3, F)))  # fmt: skip
+
+
+class Watch:
+    """The predictor beside a cache that serves: requests are told to it as they come, and it tells what it expects of rows.
+
+    network: as `play` has trained it, for a cache of `capacity` rows; its weights stay as they are, while what is known of rows
+    and users moves on. num_items, num_users: of the table and of those who ask, ids from 0.
+    """
+
+    def __init__(self, network: Network, num_items: int, num_users: int, capacity: int):
+        self.network, self.accesses, self._now = network, 0, None
+        self._known = new_knowledge(num_items, num_users, capacity)
+
+    def see(self, items: np.ndarray, user: int, now: int) -> None:
+        """One request: rows items (T,) int64 that a user asks for at Unix second now. Raises ValueError where time goes back."""
+        if self._now is not None and now < self._now:
+            raise ValueError(f"a request at {now} after one at {self._now}: tell them in order of time")
+        _see(self._known, self.accesses, items, user, now, now - (now if self._now is None else self._now))
+        self.accesses, self._now = self.accesses + len(items), now
+
+    def outlook(self, rows: np.ndarray | None = None) -> np.ndarray:
+        """For rows (R,) int64, by default all of the table: (R,) float32 for `HotCache.prioritise`, -inf for one never asked for.
+
+        It holds for the moment: rows of users who have just been are wanted, those of users who stay away go stale.
+        """
+        rows = np.arange(len(self._known.row)) if rows is None else rows
+        expected = np.full(len(rows), -np.inf, np.float32)
+        if self.accesses:
+            _outlook(self._known, rows, self.accesses, self._now, self.network.smooth, self.network.scale, expected)
+        return expected
 
 
 def play(
@@ -375,4 +421,4 @@ def play(
     outlook = np.full(num_items, -np.inf, np.float32)
     if accesses:
         run(trace, hits, shadow, leader, outlook)
-    return Played(trace, capacity, hits, dict(zip(names, shadow)), leader, outlook)
+    return Played(trace, capacity, hits, dict(zip(names, shadow)), leader, outlook, network)

@@ -140,13 +140,22 @@ def _biased_attention(answer):
     q, k, v = torch.randn(3, 9, 8, generator=generator)
     bias = torch.randn(9, 9, generator=generator)
     position = torch.arange(9)
-    heads = (x.unsqueeze(0) for x in (q, k, v))
-    truth = reference.pointwise_attention(*heads, reference.visible(position, position), bias, 32)[0]
-    got = answer(q, k, v, bias, 32)
+    nothing, other = torch.zeros(9, 9), torch.cat([k[:-1], k[:1]])
+
+    def truth(bias):
+        heads = (x.unsqueeze(0) for x in (q, k, v))
+        return reference.pointwise_attention(*heads, reference.visible(position, position), bias, 32)[0]
+
+    got, plain = answer(q, k, v, bias, 32), answer(q, k, v, nothing, 32)
     expect(isinstance(got, torch.Tensor) and got.shape == v.shape, f"give one row a position: {tuple(v.shape)}")
-    expect(torch.allclose(got[0], truth[0], atol=1e-5), "the first position sees itself only: is the future masked?")
-    expect(torch.allclose(answer(q, k, v, 0 * bias, 32) * 2, answer(q, k, v, 0 * bias, 16), atol=1e-5), "divide by max_seq_len")
-    expect(torch.allclose(got, truth, atol=1e-5), "the bias is added to the scaled scores, before the SiLU")
+    expect(not got.isnan().any(), "NaN came out: SiLU(-inf) is no number; give masked pairs weight 0 after the SiLU")
+    expect(torch.allclose(answer(q, other, v, bias, 32)[:-1], got[:-1]), "another last key changes earlier rows: mask the future")
+    expect(bool(plain[0].any()), "the first position sees nothing: every position sees itself too")
+    expect(torch.allclose(plain * 2, answer(q, k, v, nothing, 16), atol=1e-5), "divide by max_seq_len, whatever the length is")
+    expect(
+        torch.allclose(plain, truth(nothing), atol=1e-5), "wrong without a bias already: SiLU of q . k / sqrt(d_qk), one by one"
+    )
+    expect(torch.allclose(got, truth(bias), atol=1e-5), "the bias is added to the scaled scores, before the SiLU")
 
 
 @register("hit-rate")
@@ -155,7 +164,9 @@ def _hit_rate(answer):
 
     scores = torch.tensor([[0.0, 3.0, 2.0, 1.0], [0.0, 1.0, 1.0, 1.0]])
     targets, nothing = torch.tensor([2, 3]), [[], []]
-    expect_close(answer(scores, targets, nothing, 2), 0.5, "item 2 is second in row one; three items tie in row two, 3 is third")
+    expect_close(
+        answer(scores, targets, nothing, 2), 0.5, "half of the rows: item 2 is second in row one; in row two 3 is third of a tie"
+    )
     expect_close(answer(scores, targets, nothing, 1), 0.0, "neither target is the very best")
     expect_close(answer(scores, targets, [[1], []], 1), 0.5, "item 1 has been seen: item 2 becomes the best of row one")
     expect_close(answer(scores, targets, [[], [1, 2]], 3), 1.0, "with 1 and 2 seen, item 3 leads row two")
@@ -479,6 +490,7 @@ def _may_swap(answer):
     expect(answer([3, 8, 5], [3, 8, 5], scores, 1e-3) is True, "equal lists agree")
     expect(answer([3, 8, 5], [8, 3, 5], scores, 1e-3) is True, "3 and 8 are 0.0005 apart, below twice the error 0.001")
     expect(answer([3, 8, 5], [8, 3, 5], scores, 1e-4) is False, "0.0005 is above twice the error 0.0001: a real difference")
+    expect(answer([1, 2], [2, 1], {1: 1.0, 2: 0.5}, 0.25) is False, "exactly twice the error apart is not less than that")
     expect(answer([3, 8, 5], [3, 5, 8], scores, 1e-3) is False, "8 and 5 are far apart: no rounding error swaps them")
     expect(answer([3, 8, 5], [3, 8, 2], scores, 1e-3) is False, "2 took the place of 5, whose score is far above")
     expect(answer([3, 8, 5], [3, 8], scores, 1e-3) is False, "a shorter list does not agree")

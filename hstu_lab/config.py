@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Callable
 
 ACTIONS = ("none", "impression", "click", "like", "share", "purchase", "dwell")
 """Actions in the order of their ids. 0 ("none") marks a position whose action is unknown: a candidate or a generated item."""
 
 TASKS = ("engagement", "retention", "monetization")
+TASK_NAMES = ("topk", "slate")
+"""What a request may ask for; TASKS are what items are scored for."""
+
 RAB_KINDS = ("none", "position", "position+time")
 PRECISIONS = ("fp32", "fp16", "int8")
 """Of exported graphs and engines."""
@@ -61,12 +66,26 @@ class ModelConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self):
-        object.__setattr__(self, "side_features", tuple((str(n), int(r)) for n, r in self.side_features))
-        object.__setattr__(self, "task_weights", tuple(float(w) for w in self.task_weights))
+        self._convert("side_features", lambda pairs: tuple((str(n), int(r)) for n, r in pairs), "pairs of a name and its rows")
+        self._convert("task_weights", lambda weights: tuple(float(w) for w in weights), "one number for each task")
         for field in COUNTS:
-            value, least = getattr(self, field), 0 if field == "num_users" else 1
-            if not isinstance(value, int) or value < least:
+            value, least = getattr(self, field), {"num_users": 0, "num_actions": len(ACTIONS)}.get(field, 1)
+            if type(value) is not int or value < least:
                 raise ConfigError(f"{field} is {value!r}: give a whole number from {least} up")
+        numbers = (self.temperature, self.norm_eps, self.dropout)
+        temperature, eps, dropout = (value if type(value) in (int, float) else math.nan for value in numbers)
+        for field, fits, wanted in (
+            ("temperature", 0 < temperature < math.inf, "a number above 0"),
+            ("norm_eps", 0 < eps < math.inf, "a number above 0"),
+            ("dropout", 0 <= dropout < 1, "a number from 0 to below 1"),
+            ("target_time_bias", type(self.target_time_bias) is bool, "true or false"),
+            ("task_weights", all(map(math.isfinite, self.task_weights)), "finite numbers"),
+        ):
+            if not fits:
+                raise ConfigError(f"{field} is {getattr(self, field)!r}: give {wanted}")
+        names = [name for name, _ in self.tables]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(f"side_features gives {twice[0]!r}, the name of another table: give each a name of its own")
         for name, rows in self.side_features:
             if rows < 1:
                 raise ConfigError(f"side_features gives {name!r} {rows} rows: give 1 or more")
@@ -81,6 +100,12 @@ class ModelConfig:
         if self.max_history < 1:
             taken = self.slate_size + self.num_context
             raise ConfigError(f"max_seq_len is {self.max_seq_len}: it must exceed slate_size + num_context = {taken}")
+
+    def _convert(self, field: str, convert: Callable, wanted: str) -> None:
+        try:
+            object.__setattr__(self, field, convert(getattr(self, field)))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ConfigError(f"{field} is {getattr(self, field)!r}: give {wanted}") from error
 
     @property
     def num_context(self) -> int:

@@ -416,6 +416,7 @@ def main() -> None:
     parser = parts_parser(__doc__, PARTS)
     parser.add_argument("--case", choices=("attention", "linear"), help="run one small case of these kernels, nothing else")
     arguments = parser.parse_args()
+    measure.require_gpu()
     if arguments.case:
         return small_case(arguments.case)
     run_parts({part: PARTS[part] for part in arguments.parts}, DEVICE_COMMAND, arguments.out)

@@ -193,6 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, default=None, help="folder for the records (default: data/measured)")
     arguments = parser.parse_args()
+    measure.require_gpu()
     for name, part in (("decode", decode), ("candidates", candidates)):
         record = Record.here(name, command=COMMAND)
         part(record)

@@ -2,7 +2,8 @@
 
 Parent and child talk in JSON lines over a socket pair (no pickles): `{"id": 7, "kind": ..., ...}` and `{"cancel": 7}` one way,
 `{"id": 7, "answer": ...}` or `{"id": 7, "error": ...}` the other. `EngineProcess` is the parent's side, and starts the child
-again, after a growing pause, whenever it is gone. This module imports no engine: only the child does.
+again, after a growing pause, whenever it is gone; not one that has never been up and names what must be mended first. This module
+imports no engine: only the child does.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import TYPE_CHECKING
 from hstu_lab.config import is_ours
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hstu_lab.hot_cache import CacheStats
 
 log = logging.getLogger(__name__)
@@ -33,6 +36,10 @@ PING_SECONDS = 2.0
 
 class EngineUnavailable(RuntimeError):
     """The engine process is starting, died with the request in it, or is being stopped; another try may succeed."""
+
+
+class EngineBroken(RuntimeError):
+    """The engine has never been up, and cannot be until what the message names is mended."""
 
 
 class EngineRefused(ValueError):
@@ -50,7 +57,8 @@ class EngineProcess:
     """Starts, watches and restarts the engine process; `ask` sends it a request and waits for the answer.
 
     settings: fields of `hstu_lab.settings.Settings`, as JSON. A child that does not answer pings for `hang_seconds` is killed.
-    Use as an asynchronous context manager.
+    Use as an asynchronous context manager. `broken` says why no other child is started, and `on_broken` is called then: the first
+    ones ended by one of the package's own errors, which does not heal by itself.
     """
 
     def __init__(self, settings: dict, *, start_seconds: float = 300, hang_seconds: float = 60, longest_pause: float = 10):
@@ -58,11 +66,12 @@ class EngineProcess:
         self.start_seconds, self.hang_seconds, self.longest_pause = start_seconds, hang_seconds, longest_pause
         self.ready: dict | None = None
         self.restarts, self.pid, self.last_failure = 0, None, ""
+        self.broken: str | None = None
+        self.on_broken: Callable[[], None] = lambda: None
+        self._been_up = self._stopping = False
         self._waiting: dict[int, asyncio.Future] = {}
         self._ids = itertools.count(1)
         self._writer: asyncio.StreamWriter | None = None
-        self._changed = asyncio.Event()
-        self._stopping = False
 
     async def __aenter__(self) -> EngineProcess:
         self._task = asyncio.create_task(self._supervise())
@@ -74,12 +83,6 @@ class EngineProcess:
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
 
-    async def wait_ready(self) -> None:
-        """Return as soon as the engine answers requests."""
-        while self.ready is None:
-            self._changed.clear()
-            await self._changed.wait()
-
     @property
     def pending(self) -> int:
         """Requests that the child has not answered yet."""
@@ -88,8 +91,11 @@ class EngineProcess:
     async def ask(self, kind: str, **body) -> dict:
         """The child's answer. Cancelling this call makes the child drop the work.
 
-        Raises EngineUnavailable where there is no engine, or none any more, and EngineRefused with the engine's own words.
+        Raises EngineUnavailable where there is no engine, or none any more, EngineBroken where there will be none, and
+        EngineRefused with the engine's own words.
         """
+        if self.broken:
+            raise EngineBroken(self.broken)
         if self.ready is None:
             raise EngineUnavailable(f"the engine is starting{f' again: {self.last_failure}' if self.restarts else ''}")
         number, future = next(self._ids), asyncio.get_running_loop().create_future()
@@ -115,6 +121,9 @@ class EngineProcess:
                 await self._run_child()
             finally:
                 self._fail_all()
+            if self.broken:
+                self.on_broken()
+                return
             self.restarts += 1
             log.error("engine process: %s; starting another in %.2g s", self.last_failure, pause)
             await asyncio.sleep(pause)
@@ -177,10 +186,11 @@ class EngineProcess:
 
     def _receive(self, message: dict) -> None:
         if "ready" in message:
-            self.ready = message["ready"]
-            self._changed.set()
+            self.ready, self._been_up = message["ready"], True
         elif "failed" in message:
             self.last_failure = message["failed"]
+            if message["ours"] and not self._been_up:
+                self.broken = self.last_failure
         future = self._waiting.get(message.get("id"))
         if future is None or future.done():
             return
@@ -273,20 +283,15 @@ class Worker:
     async def complete(self, body: dict) -> dict:
         """Generate body["count"] items after packed tokens: what an OpenAI-style completion is here."""
         from hstu_lab.strategies import Batch
-        from hstu_lab.telemetry import StageTimer
 
-        config, tokens, timer = self.recommender.config, body["tokens"], StageTimer()
+        config, tokens = self.recommender.config, body["tokens"]
         if bad := [t for t in tokens if t >= config.token_limit]:
             raise EngineRefused(f"prompt: token {bad[0]} is beyond this model's last, {config.token_limit - 1}")
         if len(tokens) + body["count"] - 1 > config.max_seq_len:
             raise EngineRefused(f"prompt: {len(tokens)} tokens and {body['count']} items, {config.max_seq_len} fit: shorten it")
         seen = sorted({token % config.num_items for token in tokens if token < config.user_token_base})
-        batch = Batch([tokens], [seen])
-        if self.vllm is None:
-            [items] = await asyncio.to_thread(self.runner.candidates, batch, "slate", body["count"], timer)
-            return {"items": items, "cached_tokens": 0}
-        generated = await self.recommender.generate(batch, "slate", body["count"], timer, self.settings.strategy)
-        return {"items": generated.items, "cached_tokens": generated.cached_tokens}
+        items, cached = await self.recommender.complete(Batch([tokens], [seen]), body["count"], self.settings.strategy)
+        return {"items": items, "cached_tokens": cached}
 
     async def metrics(self, body: dict) -> dict:
         """Stage histograms of the recommender, and everything that vLLM registered with prometheus_client, as text."""
@@ -337,7 +342,7 @@ async def serve_child(fd: int) -> None:
         await _answer_lines(reader, writer)
     except Exception as error:
         with contextlib.suppress(ConnectionError):
-            writer.write(encode_line({"failed": f"{type(error).__name__}: {error}"}))
+            writer.write(encode_line({"failed": f"{type(error).__name__}: {error}", "ours": is_ours(error)}))
             await writer.drain()
         raise
 

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -28,9 +29,9 @@ def clear_errors(path: str | os.PathLike, remedy: str, verb: str = "read") -> It
         yield
     except EventsError:
         raise
-    except FileNotFoundError as error:
-        raise EventsError(f"{path}: no such file: check the path") from error
     except Exception as error:  # gzip, zlib, zipfile, json and pyarrow raise some twenty kinds on damaged bytes
+        if verb == "read" and isinstance(error, FileNotFoundError):
+            raise EventsError(f"{path}: no such file: check the path") from error
         said = " ".join(str(error).split())[:200] or type(error).__name__
         raise EventsError(f"{path}: cannot be {verb} ({said}): {remedy}") from error
 
@@ -52,6 +53,11 @@ class Report:
             line += f", {sum(self.rejected.values()):,} rejected ({_counts(self.rejected)})"
             line += f" -> {self.reject_file}" if self.reject_file else ""
         return line + (f"; repaired: {_counts(self.repaired)}" if self.repaired else "")
+
+
+def printable(text: str) -> str:
+    """`text` as one line that steers no terminal: identifiers may hold any character."""
+    return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], text)
 
 
 def _counts(reasons: dict[str, int]) -> str:
@@ -130,7 +136,10 @@ class Catalog:
             version = fields.get("schema_version") if isinstance(fields, dict) else None
             if version != CATALOG_VERSION:
                 raise EventsError(f"{path}: schema_version is {version!r}, this release reads {CATALOG_VERSION}: {remedy}")
-            name, ids, titles, features = (fields[field] for field in ("name", "ids", "titles", "features"))
+            wanted = ("name", "ids", "titles", "features")
+            if lacking := [field for field in wanted if field not in fields]:
+                raise EventsError(f"{path}: {lacking[0]} is missing: {remedy}")
+            name, ids, titles, features = (fields[field] for field in wanted)
             features = {name: np.array(values, dtype=np.int64) for name, values in features.items()}
             for field, values in (("ids", ids), ("titles", titles)):
                 if type(values) is not list or not all(value is None or type(value) is str for value in values):

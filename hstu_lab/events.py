@@ -77,7 +77,10 @@ REMEDIES = {
     "in the future": "give Unix seconds in UTC, or set this machine's clock",
     "in the future, looks like milliseconds": "divide by 1000: Unix seconds are wanted",
     "longer than ten years": "give seconds, not milliseconds",
-    "unknown item": "use an item of the catalog, or read the file without one",
+    "unknown item": (
+        "use an item of the catalog; a checkpoint knows the items of the log it was trained on, "
+        "`python -m hstu_lab train --events FILE` makes one for another"
+    ),
     "unknown user": "add the user to users.dat",
     "not UserID::MovieID::Rating::Timestamp": "restore the line from the official file",
     "not a rating from 1 to 5": "restore the line from the official file",
@@ -110,10 +113,11 @@ def read_events(
     reject_file: JSONL of the bad rows (file, row, field, reason, remedy, text); made only if there are any.
     on_bad: "reject" counts bad rows and goes on, "raise" stops at the first. now: Unix seconds that the future starts at.
 
-    Repairs, counted in `log.report`: a user's events out of time order are sorted, and an event equal to another in user,
-    item, action, timestamp and dwell is dropped. Events of one user in the same second are put in a random order fixed by
-    `seed`: a file's own order may be the same for all users and so give away what comes next (MovieLens-1M's does). An
-    event that names no session belongs to the session before it unless more than `SESSION_GAP` seconds have passed.
+    Repairs, counted in `log.report`: fractions of a second are cut off, a user's events out of time order are sorted, and an
+    event equal to another in user, item, action, timestamp and dwell is dropped. Events of one user in the same second are put
+    in a random order fixed by `seed`: a file's own order may be the same for all users and so give away what comes next
+    (MovieLens-1M's does). An event that names no session belongs to the session before it unless more than `SESSION_GAP`
+    seconds have passed.
 
     Raises EventsError where the file cannot be read or no row of it survives.
     """
@@ -133,13 +137,15 @@ def read_events(
     else:
         raise EventsError(f"{path}: of unknown kind: give a .jsonl, .jsonl.gz or .parquet file or MovieLens-1M's folder or zip")
     known = None if catalog is None else catalog.rows
-    events = []
+    events, fractions = [], 0
     for number, row, text in tqdm(rows, desc=f"reading {path.name}", unit=" events", disable=not progress):
         try:
             events.append(_check_row(row, known, latest))
+            fractions += row["timestamp"] % 1 != 0
         except _BadRow as bad:
             rejects.add(number, bad.field, bad.reason, text)
     report = rejects.report(len(events))
+    report.repaired = {"fractions of a second, cut off": fractions} if fractions else {}
     columns = list(zip(*events))
     if catalog is None:
         ids = sorted(set(columns[2]), key=natural_order)
@@ -334,7 +340,7 @@ def _sort(catalog, users, user, item, action, timestamp, dwell, session, context
         same &= (column[1:] == column[:-1]) | ((column[1:] != column[1:]) & (column[:-1] != column[:-1]))
     first = np.concatenate([[True], ~same])
     user, timestamp, _, item, action, dwell, session = (column[first] for column in columns)
-    repairs = {"out of time order, sorted": int(late.sum()), "exact duplicates, dropped": int(same.sum())}
+    repairs = report.repaired | {"out of time order, sorted": int(late.sum()), "exact duplicates, dropped": int(same.sum())}
     report = dataclasses.replace(report, kept=len(user), repaired={reason: n for reason, n in repairs.items() if n})
     offsets = np.searchsorted(user, np.arange(len(users) + 1))
     context = None if context is None else context[order][first]

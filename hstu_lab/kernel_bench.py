@@ -532,6 +532,7 @@ def main() -> None:
         "--resume", action="store_true", help="leave out parts that the records there hold already, of the same code"
     )
     arguments = parser.parse_args()
+    measure.require_gpu()
     parts = {part: PARTS[part] for part in arguments.parts}
     run_parts(parts, "python -m hstu_lab.kernel_bench", arguments.out, arguments.resume)
 

@@ -133,12 +133,16 @@ class Client:
         try:
             async with self.session.get(f"{self.base}/ready") as answer:
                 said = await answer.json()
+        except (aiohttp.ContentTypeError, ValueError) as error:
+            raise LoadError(f"url {self.base}: something else answers there (status {answer.status}, no JSON)") from error
         except (aiohttp.ClientError, TimeoutError) as error:
             raise LoadError(
                 f"url {self.base}: no service answers ({error}); start one with `python -m hstu_lab serve`"
             ) from error
         if answer.status != 200:
-            raise LoadError(f"url {self.base}: {said['error']['message']}; set HSTU_LAB_TOKEN, or wait until /ready is green")
+            why = said.get("error", {}).get("message", f"something else answers there (status {answer.status})")
+            remedy = {401: "; set HSTU_LAB_TOKEN", 503: "; wait until /ready is green"}.get(answer.status, "")
+            raise LoadError(f"url {self.base}: {why}{remedy}")
         return said
 
     async def metrics(self, *names: str) -> list[float]:

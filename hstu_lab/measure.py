@@ -97,8 +97,10 @@ class Measurement:
 
 def format_seconds(seconds: float) -> str:
     """Three significant digits in s, ms, us or ns."""
+    if seconds >= 999.5:
+        return f"{seconds:.0f} s"
     for unit, scale in (("s", 1), ("ms", 1e3), ("us", 1e6)):
-        if seconds * scale >= 1:
+        if seconds * scale >= 0.9995:  # what rounds to 1,000 is 1 of the next unit
             return f"{seconds * scale:.3g} {unit}"
     return f"{seconds * 1e9:.3g} ns"
 
@@ -201,6 +203,16 @@ def _sample_events(run: Callable[[], None], count: int) -> list[float]:
     return [start.elapsed_time(end) / 1e3 for start, end in pairs]
 
 
+def require_gpu() -> None:
+    """Raise SystemExit, for a program that measures a GPU, unless PyTorch sees one."""
+    if not torch.cuda.is_available():
+        recorded = ", ".join(sorted(path.name for path in _measured(None).glob("nvidia-*"))) or "no GPU"
+        raise SystemExit(
+            f"error: this measures a GPU, and PyTorch {torch.__version__} sees none; run it where there is one "
+            f"(recorded so far: {recorded}, in {_shown(_measured(None))})"
+        )
+
+
 def peak_copy_bandwidth(device: str | None = None, *, size: int | None = None) -> Measurement:
     """The ruler for memory-bound work: a plain copy inside the device's memory; see `.bytes_per_second` (read plus written).
 
@@ -278,13 +290,18 @@ def data_root() -> Path:
     return checkout / "data" if (checkout / "pyproject.toml").exists() else Path("data")
 
 
+def check_name(name: str) -> None:
+    """Raises MeasureError unless a record may have that name; asked before a run whose record would be refused after it."""
+    if not _NAME.fullmatch(name):
+        raise MeasureError(f"record name {name!r}: use lower-case letters, digits, '.', '_' and '-'")
+
+
 def write_record(record: Record, root: Path | str | None = None) -> Path:
     """Write `root`/<device slug>/<name>.json (default: `measured/` in the data folder) in one step, replacing what was there.
 
     Keys are sorted and samples rounded to four significant digits. Raises MeasureError on values that JSON cannot hold.
     """
-    if not _NAME.fullmatch(record.name):
-        raise MeasureError(f"record name {record.name!r}: use lower-case letters, digits, '.', '_' and '-'")
+    check_name(record.name)
     path = _measured(root) / slugify(record.device) / f"{record.name}.json"
     fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name not in ("measurements", "path")}
     measurements = [{**dataclasses.asdict(m), "samples": [float(f"{s:.4g}") for s in m.samples]} for m in record.measurements]

@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
-from hstu_lab.config import ConfigError
-from hstu_lab.settings import OPS, PRECISIONS, STRATEGIES, TASK_NAMES
+from hstu_lab.config import TASK_NAMES, ConfigError
+from hstu_lab.settings import OPS, PRECISIONS, STRATEGIES
 
 MODES = ("single", "batch", "benchmark", "comprehensive")
 
@@ -136,8 +136,9 @@ def _train_options(train: argparse.ArgumentParser) -> None:
         "--minutes", type=_above_zero, metavar="M", help="stop after so many minutes (default: 5, where --steps is not given)"
     )
     train.add_argument("--steps", type=_positive, metavar="N", help="stop after so many steps")
-    train.add_argument("--out", metavar="FOLDER", help="default: data/checkpoints/local/PRESET")
-    train.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, batches and the synthetic log (default: 0)")
+    train.add_argument("--out", metavar="FOLDER", help="default: data/checkpoints/local/PRESET-LOG, which recommend finds")
+    about = "of weights, batches and the synthetic log (default: 0)"
+    train.add_argument("--seed", type=_seed, default=0, metavar="N", help=about)
     train.add_argument("--resume", action="store_true", help="go on where the training in --out stopped")
     train.add_argument("--reject-file", metavar="FILE", help="where bad rows of --events go (default: nowhere)")
 
@@ -159,6 +160,12 @@ def _export_options(export: argparse.ArgumentParser) -> None:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 to 2^63 - 1")
     return int(text)
 
 
@@ -198,6 +205,8 @@ def refuse_idle_flags(options: argparse.Namespace) -> None:
         )
     if strategy == "vllm" and given("hot_cache_rows"):
         raise ConfigError("--hot-cache-rows: strategy vllm keeps whole tables; use eager, onnx, tensorrt or unified")
+    if given("to") and given("events") and options.precision != "int8":
+        raise ConfigError("--events is the log that int8 is calibrated with: add --precision int8, or leave it out")
     if getattr(options, "to", None) == "onnx":
         for name in ("target", "workspace_mb", "batch_size"):
             if given(name):

@@ -27,12 +27,13 @@ from torch import Tensor
 
 from hstu_lab import ops as operators
 from hstu_lab.batching import Batcher
-from hstu_lab.config import ACTIONS, TASKS, ModelConfig
+from hstu_lab.config import ACTIONS, TASK_NAMES, TASKS, ModelConfig
+from hstu_lab.event_log import printable
 from hstu_lab.events import MOVIELENS, Catalog, History
 from hstu_lab.hot_cache import CachedRows, CacheStats
 from hstu_lab.measure import data_root
 from hstu_lab.model import CheckpointError, load_checkpoint
-from hstu_lab.settings import STRATEGIES, TASK_NAMES, Settings
+from hstu_lab.settings import STRATEGIES, Settings
 from hstu_lab.strategies import STAGES, Batch, Eager, Parts, StrategyUnavailable, Vllm, missing
 from hstu_lab.telemetry import StageTimer, Telemetry
 from hstu_lab.tokens import encode_history
@@ -89,12 +90,15 @@ class Recommendation:
 
     def __str__(self) -> str:
         """The ten items and the stages as two tables."""
-        width = max([len(item.title) for item in self.items] + [5])
-        lines = [f"{len(self.items)} items for user {self.user}   task {self.task}   strategy {self.strategy}"]
+        titles = [printable(item.title) for item in self.items]
+        width = max([*map(len, titles), 5])
+        lines = [f"{len(self.items)} items for user {printable(self.user)}   task {self.task}   strategy {self.strategy}"]
         lines.append(f"{'':>3} {'item':>8}  {'title':<{width}}  {'score':>7}  " + "  ".join(f"{t:>12}" for t in TASKS))
-        for rank, item in enumerate(self.items, 1):
+        for rank, (item, title) in enumerate(zip(self.items, titles), 1):
             scores = "  ".join(f"{getattr(item, task):12.4f}" for task in TASKS)
-            lines.append(f"{rank:>3} {item.item_id:>8}  {item.title:<{width}}  {item.score:7.4f}  {scores}")
+            lines.append(f"{rank:>3} {printable(item.item_id):>8}  {title:<{width}}  {item.score:7.4f}  {scores}")
+        if not self.items:
+            lines.append("the user has met every item of the catalog: nothing is left to recommend")
         lines.append("")
         lines.append(f"{'stage':<10} {'measured here':>14}  engine")
         for stage, ms in self.stages.items():
@@ -241,6 +245,15 @@ class Recommender:
         with timer("stack"):
             return await asyncio.wrap_future(future)
 
+    async def complete(self, batch: Batch, count: int, strategy: str) -> tuple[list[int], int]:
+        """`count` items, one after another, for a batch of one request, and how many of its tokens were cached."""
+        timer, runner = StageTimer(), self.runner(strategy)
+        if isinstance(runner, Vllm):
+            generated = await self.generate(batch, "slate", count, timer, strategy)
+            return generated.items, generated.cached_tokens
+        items, _ = await self._together("completion", strategy, "slate", (batch, count), timer)
+        return items, 0
+
     # ---- what requests in flight share
 
     async def _together(self, stage: str, strategy: str, task: str, request, timer: StageTimer) -> tuple:
@@ -248,7 +261,10 @@ class Recommender:
         start, name = time.perf_counter(), (stage, strategy, task)
         with self._joining:
             if (batcher := self._batchers.get(name)) is None:
-                work = {"answer": self._answer_all, "encoder": self._encode_all, "ranking": self._rank_all}[stage]
+                work = {
+                    "answer": self._answer_all, "completion": self._complete_all, "encoder": self._encode_all,
+                    "ranking": self._rank_all,
+                }[stage]  # fmt: skip
                 run = functools.partial(work, self._strategies[strategy], task)
                 batcher = self._batchers[name] = Batcher(run, self.settings.batch_size, " ".join(name))
         part, stages, size = await asyncio.wrap_future(batcher.submit(request))
@@ -262,6 +278,14 @@ class Recommender:
         candidates = runner.candidates(batch, task, self._count(task), timer)
         scores = self._rank(runner, batch, candidates, timer)
         return [(part, timer.stages, len(batch)) for part in zip(candidates, scores)]
+
+    def _complete_all(self, runner: Eager | Parts, task: str, requests: list[tuple[Batch, int]]) -> list[tuple]:
+        done: dict[int, tuple] = {}
+        for count in {count for _, count in requests}:
+            places, timer = [i for i, (_, wanted) in enumerate(requests) if wanted == count], StageTimer()
+            items = runner.candidates(Batch.join([requests[i][0] for i in places]), task, count, timer)
+            done |= {place: (part, timer.stages, len(places)) for place, part in zip(places, items, strict=True)}
+        return [done[place] for place in range(len(requests))]
 
     def _encode_all(self, runner: Vllm, _: str, batches: list[Batch]) -> list[tuple]:
         batch, timer = Batch.join(batches), StageTimer()
@@ -326,7 +350,9 @@ class Recommender:
         return self.model.known_items.cpu().numpy()
 
     def _count(self, task: str) -> int:
-        return max(self.config.num_candidates, self.settings.num_items) if task == "topk" else self.config.slate_size
+        if task == "slate":
+            return self.config.slate_size
+        return max(min(max(self.config.num_candidates, self.settings.num_items), self.config.num_items - 1), 1)
 
     @staticmethod
     def _rank(runner: Eager | Parts | Vllm, batch: Batch, candidates: Sequence[list[int]], timer: StageTimer) -> Tensor:
@@ -507,6 +533,6 @@ def _load_users(path: pathlib.Path, config: ModelConfig) -> dict[str, int]:
         raise CheckpointError(f"{path}: no such file; restore it or train again") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error}); restore it or train again") from error
-    if not isinstance(users, list) or len(users) >= config.num_users:
-        raise CheckpointError(f"{path}: must list at most {config.num_users - 1} user ids; restore it or train again")
+    if not isinstance(users, list) or len(users) >= config.num_users or len(set(map(str, users))) < len(users):
+        raise CheckpointError(f"{path}: must list at most {config.num_users - 1} different user ids; restore it or train again")
     return {str(user): row for row, user in enumerate(users, 1)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hmac
 import ipaddress
 import logging
@@ -26,10 +27,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from starlette.exceptions import HTTPException
 
-from hstu_lab.config import ACTIONS
-from hstu_lab.engine_process import EngineProcess, EngineRefused, EngineUnavailable
+from hstu_lab.config import ACTIONS, TASK_NAMES
+from hstu_lab.engine_process import EngineBroken, EngineProcess, EngineRefused, EngineUnavailable
 from hstu_lab.events import CLOCK_SKEW, EVENT_ACTIONS, LONGEST_DWELL, LONGEST_ID
-from hstu_lab.settings import TASK_NAMES
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,8 @@ class ServerOptions:
         for name in ("max_in_flight", "deadline_ms", "drain_seconds", "max_body_bytes"):
             if getattr(self, name) < 1:
                 raise ServerError(f"{name} is {getattr(self, name)}: give 1 or more")
+        if not 0 <= self.port <= 65535:
+            raise ServerError(f"port is {self.port}: give 0 (any that is free) to 65535")
         if not self.token and not is_loopback(self.host):
             raise ServerError(f"host {self.host} can be reached from outside: set a token (HSTU_LAB_TOKEN or --token-file)")
 
@@ -217,6 +219,8 @@ class Service:
         """Why no request can be accepted now, if so."""
         if self.draining:
             return failure(503, "draining", "the service is stopping: ask another", retry_after=5)
+        if self.engine.broken:
+            return failure(503, "engine_broken", f"the engine cannot start: {self.engine.broken}")
         if self.engine.ready is None:
             return failure(503, "engine_unavailable", self._engine_state(), retry_after=5)
         if self.in_flight >= self.options.max_in_flight:
@@ -292,9 +296,14 @@ def make_app(options: ServerOptions, settings: dict) -> FastAPI:
         first = error.errors()[0]
         path = [] if first["type"] == "json_invalid" else first["loc"][1:]
         field = ".".join(str(part) for part in path if not str(part).startswith(("function-", "constrained-")))
+        said = first["msg"]
+        if first["type"] == "extra_forbidden":
+            model = {"/recommend": RecommendIn, "/v1/completions": CompletionIn}[request.url.path]
+            model = EventIn if "events" in first["loc"] else model
+            said = f"there is no such field; known: {', '.join(model.model_fields)}"
         more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
         service.answers.labels(request.url.path, "422").inc()
-        return failure(422, "invalid_request", f"{field or 'body'}: {first['msg']}{more}", field or "body")
+        return failure(422, "invalid_request", f"{field or 'body'}: {said}{more}", field or "body")
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
@@ -315,7 +324,7 @@ def make_app(options: ServerOptions, settings: dict) -> FastAPI:
     @app.get("/metrics", summary="Prometheus text: the server's, the stages' and vLLM's own", dependencies=needs_token)
     async def metrics() -> PlainTextResponse:
         text = prometheus_client.generate_latest(service.registry).decode()
-        with contextlib.suppress(EngineUnavailable, EngineRefused, TimeoutError):
+        with contextlib.suppress(EngineUnavailable, EngineBroken, EngineRefused, TimeoutError):
             text += (await asyncio.wait_for(service.engine.ask("metrics"), 2))["text"]
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
@@ -387,9 +396,10 @@ class _Server(uvicorn.Server):
 
 
 def serve(options: ServerOptions, settings: dict) -> int:
-    """Listen until SIGTERM or Ctrl-C; the exit status. Raises ServerError where the port is taken."""
+    """Listen until SIGTERM or Ctrl-C; the exit status. Raises ServerError where the port is taken or the engine is broken."""
+    app = make_app(options, settings)
     config = uvicorn.Config(
-        make_app(options, settings), host=options.host, port=options.port, log_level="warning", access_log=False,
+        app, host=options.host, port=options.port, log_level="warning", access_log=False,
         timeout_graceful_shutdown=options.drain_seconds, lifespan="on", timeout_keep_alive=KEEP_ALIVE_SECONDS,
         loop="asyncio",  # uvloop leaves the closed port listening while requests drain: new clients would hang
     )  # fmt: skip
@@ -400,5 +410,9 @@ def serve(options: ServerOptions, settings: dict) -> int:
             f"port {options.port} of {options.host} cannot be taken: another service listens; give --port"
         ) from error
     print(f"listening on http://{options.host}:{sockets[0].getsockname()[1]}; /ready tells when the engine is up", flush=True)
-    _Server(config).run(sockets)
+    server, engine = _Server(config), app.state.service.engine
+    engine.on_broken = functools.partial(setattr, server, "should_exit", True)
+    server.run(sockets)
+    if engine.broken:
+        raise ServerError(f"the engine cannot start: {engine.broken}")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import pathlib
@@ -12,19 +13,23 @@ from typing import Literal
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
-from hstu_lab.config import PRECISIONS, ConfigError
+from hstu_lab.config import PRECISIONS, TASK_NAMES, ConfigError
 from hstu_lab.ops import BACKENDS
 
-TASK_NAMES = ("topk", "slate")
 STRATEGIES = ("eager", "onnx", "vllm", "tensorrt", "unified")
 OPS = tuple(BACKENDS)
 FILE_NAME = "hstu_lab.toml"
+PREFIX = "HSTU_LAB_"
+OTHER_VARIABLES = ("DATA", "KERNELS", "TOKEN", "FIXED_ONNX", "TENSORRT_PYTHON")
+"""Environment variables with that prefix that are no field of `Settings`; the last two are for tests."""
+
+log = logging.getLogger(__name__)
 
 
 class Settings(BaseSettings):
     """Later sources win: defaults, `hstu_lab.toml` in the working folder (or `--config FILE`), environment, flags."""
 
-    model_config = SettingsConfigDict(env_prefix="HSTU_LAB_", extra="forbid", toml_file=FILE_NAME)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", toml_file=FILE_NAME)
 
     checkpoint: pathlib.Path | None = None
     """Checkpoint folder; None picks one that was trained on the world that the events come from."""
@@ -81,17 +86,22 @@ def load_settings(config_file: str | pathlib.Path | None = None, **flags) -> Set
     if config_file is not None and not path.is_file():
         raise ConfigError(f"{path}: no such settings file; leave out --config or give one that exists")
 
+    for variable in (name.removeprefix(PREFIX) for name in sorted(os.environ) if name.startswith(PREFIX)):
+        if variable.lower() not in Settings.model_fields and variable not in OTHER_VARIABLES:
+            nearest = difflib.get_close_matches(variable.lower(), Settings.model_fields, 1, 0)[0]
+            log.warning("%s%s is set, but there is no such setting; unset it, or was %s meant?", PREFIX, variable, nearest)
+
     class FromFile(Settings):
         model_config = SettingsConfigDict(toml_file=path)
 
     try:
         return FromFile(**given)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML ({error}); see `python -m hstu_lab recommend --help` for the fields") from error
     except ValidationError as error:
         first = error.errors()[0]
         field = str(first["loc"][0])
-        variable = f"HSTU_LAB_{field.upper()}"
+        variable = f"{PREFIX}{field.upper()}"
         source = "flag" if field in given else variable if variable in os.environ else str(path)
         known = field in Settings.model_fields
         problem = first["msg"] if known else f"there is no such field; known fields: {', '.join(Settings.model_fields)}"

@@ -33,6 +33,7 @@ from hstu_lab.config import ModelConfig
 from hstu_lab.evaluation import Markov, MostPopular, TrainingError, compare, evaluate, evaluate_baseline, hidden_states
 from hstu_lab.events import EventLog, task_labels
 from hstu_lab.model import HSTU, save_checkpoint
+from hstu_lab.tables import parameter_groups
 from hstu_lab.tokens import pack, quantise_gaps, user_token
 
 __all__ = [
@@ -93,7 +94,8 @@ def fit_config(config: ModelConfig, log: EventLog) -> ModelConfig:
     if config.num_users and len(log) >= config.num_users:
         raise TrainingError(
             f"num_users is {config.num_users:,}, rows for {config.num_users - 1:,} users and the unknown one, the log has "
-            f"{len(log):,}: set num_users to {len(log) + 1:,}, or to 0 for a model without user rows"
+            f"{len(log):,}: set num_users to {len(log) + 1:,}, or to 0 for a model without user rows, like presets ml-1m and "
+            "ml-1m-large"
         )
     return config.replace(num_items=log.catalog.num_items)
 
@@ -207,7 +209,7 @@ class Trainer:
     ):
         self.config, self.seed, self.lr = fit_config(config, log), seed, lr
         self.corpus = Corpus(log, self.config)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = prove_room(self.config)
         self.batch_size = batch_size or BATCH_SIZE[self.device.type]
         torch.manual_seed(seed)
         self.model = HSTU(self.config)
@@ -340,6 +342,25 @@ def train(
     result = TrainingResult(out, trainer.steps, trainer.seconds, trainer.losses, metrics, interrupted.is_set())
     (out / "training.json").write_text(json.dumps(_account(result, trainer), indent=1) + "\n")
     return result
+
+
+def prove_room(config: ModelConfig) -> torch.device:
+    """The device to train on: a GPU where there is one.
+
+    Raises TrainingError where its memory cannot hold the model and its optimizer, before the kernel ends the process without a
+    word.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = device.type == "cuda"
+    room = torch.cuda.get_device_properties(device).total_memory if cuda else environment.memory_bytes()
+    count = sum(group.count for group in parameter_groups(config))
+    needed = 4 * 4 * count  # fp32: weights, gradients and AdamW's two moments
+    if needed > room:
+        raise TrainingError(
+            f"preset {config.preset}: to train its {count:,} parameters takes {needed / 2**30:,.1f} GiB of {device.type} memory "
+            f"with gradients and moments, there are {room / 2**30:,.1f}: choose a smaller preset"
+        )
+    return device
 
 
 def _prove_writable(out: pathlib.Path) -> None:

@@ -1,6 +1,6 @@
 """Measure the vLLM engine on the GPU that is here and write what was seen to data/measured/<device>/vllm_*.json.
 
-    python -m hstu_lab.vllm_bench [--out FOLDER] [--replicas 8] [--seconds 1.5] [--only PART,PART] [--cpu]
+    python -m hstu_lab.vllm_bench [--out FOLDER] [--replicas 8] [--seconds 1.5] [--only PART,PART] [--mps] [--cpu]
 
 Weights are random (times do not depend on them) and made here; users and items are drawn from a seed. Every figure of an
 engine stands beside the null model's, whose forward pass does nothing: what is left is the host's share. A record names the parts
@@ -22,6 +22,8 @@ import os
 import pathlib
 import pstats
 import re
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +36,7 @@ from hstu_lab.candidate_bench import stack_process
 from hstu_lab.measure import Measurement, Record
 from hstu_lab.vllm_engine import Engine, EngineOptions
 from hstu_lab.vllm_load import TASKS, Cell, random_checkpoint, random_histories, seconds_of, serving_config
-from hstu_lab.vllm_replicas import Replicas, keep, load, resumed, run_parts
+from hstu_lab.vllm_replicas import Replicas, keep, load, resumed, run_parts, shared_gpu
 
 HISTORIES = (128, 256, 512, 1024)
 OPTIONS = EngineOptions(
@@ -49,9 +51,14 @@ PARTS = ("step", "telling", "null", "candidates", "half", "table", "fewer", "alo
 all other loads, fewer engines, and the steps again once the other engines are gone."""
 
 
+def worker_of(engine: Engine):
+    """vLLM's worker, in this process."""
+    return engine.engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+
 def runner_of(engine: Engine):
     """vLLM's model runner, in this process."""
-    return engine.engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    return worker_of(engine).model_runner
 
 
 class NullModel:
@@ -87,12 +94,15 @@ class NullLoop:
 def null(engine: Engine) -> Iterator[None]:
     """Inside, the engine (which has answered before) schedules, samples and answers as ever, and computes nothing."""
     runner = runner_of(engine)
-    model, loop = runner.model, runner.sampler.loop
+    model, loop, steady = runner.model, runner.sampler.loop, worker_of(engine).steady
     runner.model, runner.sampler.loop = NullModel(runner.get_model()), NullLoop(loop)
+    chosen = torch.zeros(2, runner.max_num_reqs, dtype=torch.int32, device=runner.device)
+    steady.run = lambda size: chosen[:, :size].clone()
     try:
         yield
     finally:
         runner.model, runner.sampler.loop = model, loop
+        del steady.run
         engine.reset_prefix_cache()  # nothing was computed of what it holds
 
 
@@ -233,12 +243,12 @@ class Bench:
     def __init__(
         self, folder: pathlib.Path, replicas: int, seconds: float, out: pathlib.Path | None, note: str = "",
         options: EngineOptions = OPTIONS, only: Sequence[str] = PARTS, histories: Sequence[int] = HISTORIES,
-        sizes: Sequence[int] = (1024, 512, 64), patience: float = 60,
+        sizes: Sequence[int] = (1024, 512, 64), patience: float = 60, mps: bool = False,
     ):  # fmt: skip
         if unknown := set(only) - set(PARTS):
             raise SystemExit(f"--only {sorted(unknown)[0]}: there are {', '.join(PARTS)}")
         self.seconds, self.out, self.only, self.sizes = seconds, out, only, sizes
-        command = f"python -m hstu_lab.vllm_bench --replicas {replicas} --seconds {seconds}"
+        command = f"python -m hstu_lab.vllm_bench --replicas {replicas} --seconds {seconds}{' --mps' * mps}"
         names = ("vllm_step", "vllm_load", "vllm_candidates")
         self.records = {name: Record.here(name, command=command, note=note) for name in names}
         if set(only) != set(PARTS):
@@ -246,7 +256,7 @@ class Bench:
         self.steps, self.loads, self.candidates_seen = self.records.values()
         for record in (self.steps, self.loads):
             record.data["options"] = dataclasses.asdict(options)
-        self.loads.data |= {"replicas": replicas, "seconds": seconds}
+        self.loads.data |= {"replicas": replicas, "seconds": seconds, "multi-process service": mps}
         wanted = [("topk", 512), ("slate", 256)] if 512 in histories else [(task, histories[0]) for task in TASKS]
         self.telling_cells = [Cell(task, history, warm) for task, history in wanted for warm in (0.0, 0.9)]
         every = [Cell(task, history, warm) for history in histories for task in TASKS for warm in (0.0, 0.9)]
@@ -347,17 +357,21 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1.5, help="length of one load")
     parser.add_argument("--note", default="", help="what readers of the records must know of this machine")
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}; the record keeps its other parts")
+    parser.add_argument("--mps", action="store_true", help="engines share the GPU through NVIDIA's Multi-Process Service")
     parser.add_argument("--cpu", action="store_true", help="a small model without a GPU, to try this program; no record")
     arguments = parser.parse_args()
     only = arguments.only.split(",")
-    with tempfile.TemporaryDirectory() as temporary:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the engines, and what they started, end as well
+    with tempfile.TemporaryDirectory() as temporary, shared_gpu() if arguments.mps else contextlib.nullcontext():
         root = pathlib.Path(temporary)
         if arguments.cpu:
             folder = random_checkpoint(serving_config("small"), root / "small", torch.float32)
             bench = Bench(folder, 2, 0.3, root, options=CPU, only=only, histories=(96,), sizes=(96, 32, 8), patience=300)
         else:
             folder = random_checkpoint(serving_config(), root / "gr-3b", torch.bfloat16)
-            bench = Bench(folder, arguments.replicas, arguments.seconds, arguments.out, arguments.note, only=only)
+            bench = Bench(
+                folder, arguments.replicas, arguments.seconds, arguments.out, arguments.note, only=only, mps=arguments.mps
+            )
         return 1 if bench.run() else 0
 
 

@@ -142,7 +142,7 @@ def engine_arguments(checkpoint: str | pathlib.Path, options: EngineOptions) -> 
         "model": str(checkpoint), "skip_tokenizer_init": True, "max_logprobs": -1, "logprobs_mode": "processed_logprobs",
         "max_model_len": room(load_config(checkpoint), options),
         "logits_processors": [seen_items.SeenItems, candidates.TaskScores, slates.SlateRows],
-        "worker_extension_cls": "hstu_lab.vllm_plugin.sampling.WorkerExtension",
+        "worker_cls": "hstu_lab.vllm_plugin.worker.RecommendationWorker",
         "additional_config": {"ops": ops}, "enable_prompt_embeds": embeds,
         "compilation_config": {
             "mode": 0, "cudagraph_mode": graphs, **({} if graphs == "NONE" else {"cudagraph_capture_sizes": sizes}),
@@ -211,6 +211,10 @@ class Engine:
         return self._collect([self.submit_slate(p, s, n) for p, s in zip(prompts, seen, strict=True)])
 
     def submit_topk(self, prompt, seen: list[int], k: int) -> concurrent.futures.Future[Generated]:
+        """A future of what `topk` gives for one prompt; fewer where the catalog has fewer. EngineError where k is below 1."""
+        if k < 1:
+            raise EngineError(f"k is {k}: ask for one item at least")
+        k = min(k, self.config.num_items)
         return self._submit(prompt, seen, 1, k, functools.partial(_best, count=k))
 
     def submit_slate(self, prompt, seen: list[int], n: int) -> concurrent.futures.Future[Generated]:
@@ -235,11 +239,14 @@ class Engine:
     def submit_score(self, prompt: list[int], candidates: Sequence[int]) -> concurrent.futures.Future[Tensor]:
         """Probabilities (C, 3) of engagement, retention and monetization for items (table rows) after the prompt (tokens).
 
-        Raises EngineError for what is no item, for a prompt that is no list of tokens, and where a step has no room.
+        Raises EngineError for what is no item, for a prompt that is no list of tokens, and where step or catalog have no room.
         """
-        if not self.micro_batch:
+        if candidates and not self.micro_batch:
+            if self.config.num_items <= len(TASKS):
+                few = f"the catalog's {self.config.num_items} rows have no room for {len(TASKS)} scores and a zero"
+                raise EngineError(f"{few}: score its items outside of vLLM")
             raise EngineError("no candidate fits into a step: raise max_num_batched_tokens, or enable_chunked_prefill")
-        return _joined([self._submit_part(prompt, part) for part in _parts(list(candidates), self.micro_batch)])
+        return _joined([self._submit_part(prompt, part) for part in _parts(list(candidates), self.micro_batch or 1)])
 
     def _submit_part(self, prompt: list[int], items: list[int]) -> concurrent.futures.Future[Tensor]:
         from hstu_lab.vllm_plugin import candidates

@@ -20,12 +20,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from hstu_lab.config import ModelConfig, preset
+from hstu_lab.config import TASK_NAMES, ModelConfig, preset
 from hstu_lab.model import EventEncoder, HSTUStack, SavedConfig, TaskHeads
 from hstu_lab.tokens import pack
 
 FIRST_WAVE_SECONDS = 120.0
-TASKS = {"topk": 100, "slate": 10}
+TASKS = dict(zip(TASK_NAMES, (100, 10), strict=True))
 """Items that one request asks for."""
 
 
@@ -43,11 +43,15 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Latencies in seconds of the requests that finished in the window of `seconds`, and the mean share of cached tokens."""
+    """Latencies in seconds of the requests that finished in the window of `seconds`, and the mean share of cached tokens.
+
+    `compiled`: kernels that were compiled since the window began, by name. They kept the requests waiting.
+    """
 
     seconds: float
     latencies: list[float]
     cached: float
+    compiled: tuple[str, ...] = ()
 
 
 class Users:
@@ -175,7 +179,7 @@ def serving_config(name: str = "gr-3b", **changes) -> ModelConfig:
 
 def random_checkpoint(config: ModelConfig, folder: pathlib.Path, dtype: torch.dtype, device: str = "cpu") -> pathlib.Path:
     """A checkpoint of random weights that vLLM can load, written to `folder`; biases and tables are no zeros."""
-    with torch.random.fork_rng(), torch.device(device):
+    with torch.random.fork_rng([] if device == "cpu" else None), torch.device(device):
         torch.manual_seed(0)
         parts = nn.ModuleDict({"encoder": EventEncoder(config), "stack": HSTUStack(config), "heads": TaskHeads(config)})
         for name, parameter in parts.named_parameters():

@@ -5,6 +5,7 @@ The first word of a process is "ready" or "failed: ...". Every wait has an end, 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -13,10 +14,15 @@ import itertools
 import multiprocessing
 import os
 import pathlib
+import shutil
+import signal
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -28,6 +34,7 @@ from hstu_lab.vllm_load import TASKS, Cell, Users, closed_loop, fill, open_loop,
 IN_FLIGHT = 128
 """Requests that each engine has under closed-loop load."""
 LONGEST_LOAD = 20.0
+ATTEMPTS = 3
 WARM_UP = tuple(Cell(task, history, warm) for history in (1024, 256, 512) for task in TASKS for warm in (0.0, 0.9))
 
 
@@ -50,6 +57,65 @@ def compile_jobs() -> list[Callable]:
         functools.partial(triton_ops.layer_norm, x, biases[d], biases[d], 1e-6),
         functools.partial(triton_ops.norm_gate, x, rand(64, wide)[:, :d], biases[d], biases[d], 1e-6),
     ]
+
+
+@contextlib.contextmanager
+def shared_gpu() -> Iterator[None]:
+    """NVIDIA's Multi-Process Service for the processes that are started inside: their kernels run side by side on the GPUs.
+
+    Without it a GPU gives its processes turns, one process at a time. Enter before this process uses CUDA. It is a daemon of this
+    user and changes no setting of a GPU. Raises RuntimeError where it is missing, or no process can use a GPU through it.
+    """
+    control = shutil.which("nvidia-cuda-mps-control", path=f"{os.environ.get('PATH', os.defpath)}:/usr/local/nvidia/bin")
+    if control is None:
+        raise RuntimeError("nvidia-cuda-mps-control is not installed: it comes with NVIDIA's driver")
+    with tempfile.TemporaryDirectory(prefix="mps-") as folder, contextlib.ExitStack() as undo:
+        pipe, log = pathlib.Path(folder, "pipe"), pathlib.Path(folder, "log")
+        pipe.mkdir(), log.mkdir()
+        before = dict(os.environ)
+        undo.callback(lambda: (os.environ.clear(), os.environ.update(before)))
+        path = f"{os.environ.get('PATH', os.defpath)}:{pathlib.Path(control).parent}"  # where it looks for its server
+        os.environ |= {"CUDA_MPS_PIPE_DIRECTORY": str(pipe), "CUDA_MPS_LOG_DIRECTORY": str(log), "PATH": path}
+        subprocess.run([control, "-d"], check=True, timeout=20)
+        undo.callback(subprocess.run, [control], input="quit -t 5\n", text=True, timeout=20, stdout=subprocess.DEVNULL)
+        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):  # the daemon counts for its clients those that it sees
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(len(visible.split(",")))))
+        try:
+            subprocess.run([sys.executable, "-c", TAKE_GPU], check=True, timeout=60)
+        except subprocess.SubprocessError as error:
+            logs = "".join(path.read_text(errors="replace") for path in sorted(log.iterdir()) if path.is_file())
+            raise RuntimeError(f"no process can use the GPU through {control}: {error}\n{logs[-2000:]}") from error
+        yield
+
+
+TAKE_GPU = """
+import ctypes
+cuda, device, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_void_p()
+for call, *arguments in (
+    (cuda.cuInit, 0), (cuda.cuDeviceGet, ctypes.byref(device), 0), (cuda.cuDevicePrimaryCtxRetain, ctypes.byref(context), device),
+):
+    if wrong := call(*arguments):
+        raise SystemExit(f"{call.__name__}: CUDA's error {wrong}")
+"""
+"""A program that ends with 0 where a process can use the first GPU."""
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[tuple[float, str]]]:
+    """What Triton compiles in this process from now on: when each was done (`time.perf_counter`), and the kernel's name."""
+    from triton import knobs
+
+    seen: list[tuple[float, str]] = []
+
+    def note(*, src, cache_hit: bool, **_) -> None:
+        if not cache_hit:
+            seen.append((time.perf_counter(), src.name))
+
+    before, knobs.compilation.listener = getattr(knobs.compilation, "listener", None), note
+    try:
+        yield seen
+    finally:
+        knobs.compilation.listener = before
 
 
 def own_share_first(jobs: Sequence, number: int, total: int) -> list:
@@ -90,14 +156,15 @@ def replica(
             if options.ops == "triton":
                 warm_up(engine, cells, number, total)
             connection.send("ready")
-            _obey(connection, engine, number, warm_users)
+            with compilations() as compiled:
+                _obey(connection, engine, number, warm_users, compiled)
     except Exception as error:
         traceback.print_exc()
         with contextlib.suppress(OSError):
             connection.send(f"failed: {error!r}")
 
 
-def _obey(connection, engine: Engine, number: int, warm_users: int) -> None:
+def _obey(connection, engine: Engine, number: int, warm_users: int, compiled: list[tuple[float, str]]) -> None:
     from hstu_lab import vllm_bench
     from hstu_lab.candidate_bench import engine_candidates
 
@@ -126,20 +193,38 @@ def _obey(connection, engine: Engine, number: int, warm_users: int) -> None:
             connection.send(word)
             return time.perf_counter() + max(connection.recv() - time.time(), 0)
 
-        time.sleep(max(when("filled") - time.perf_counter(), 0))
+        time.sleep(max((begin := when("filled")) - time.perf_counter(), 0))
         if rate is None:
-            connection.send(closed_loop(engine, cell, users, in_flight, seconds, functools.partial(when, "through")))
+
+            def through() -> float:
+                nonlocal begin
+                begin = when("through")
+                return begin
+
+            outcome = closed_loop(engine, cell, users, in_flight, seconds, through)
         else:
-            connection.send(open_loop(engine, cell, users, rate, seconds, draw))
+            outcome = open_loop(engine, cell, users, rate, seconds, draw)
+        names = tuple(name for done, name in compiled if done > begin)
+        connection.send(dataclasses.replace(outcome, compiled=names))
+
+
+def _apart(target: Callable, *arguments) -> None:
+    os.setpgid(0, 0)
+    target(*arguments)
 
 
 class Member:
-    """One process and the pipe to it. One that fails, or is silent for too long, is ended: its answers would come out of turn."""
+    """One process and the pipe to it. One that fails, or is silent for too long, is ended: its answers would come out of turn.
+
+    One that is no `daemon` may have started others, which end with it.
+    """
 
     def __init__(self, number: int, target: Callable, arguments: tuple, daemon: bool):
         context = multiprocessing.get_context("spawn")
         self.number, (self.pipe, theirs) = number, context.Pipe()
-        self.process = context.Process(target=target, args=(theirs, *arguments), daemon=daemon)
+        self.daemon = daemon
+        run = target if daemon else functools.partial(_apart, target)
+        self.process = context.Process(target=run, args=(theirs, *arguments), daemon=daemon)
         self.process.start()
         theirs.close()  # so that the end of the process ends a wait
         self.gone = False
@@ -169,6 +254,9 @@ class Member:
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
+        if not self.daemon:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def _hear_all(members: Sequence[Member], word: str | None, seconds: float, doing: str) -> tuple[list, list[RuntimeError]]:
@@ -247,19 +335,23 @@ class Replicas:
         if failed := failed + more:  # the others have gone through it all the same, and are ready for what comes next
             raise failed[0]
         latencies = sorted(x for outcome in outcomes for x in outcome.latencies)
+        names = collections.Counter(name for outcome in outcomes for name in outcome.compiled)
         at = lambda p: latencies[min(int(p * len(latencies)), len(latencies) - 1)] if latencies else None  # noqa: E731
         return {
             "requests/s": sum(len(o.latencies) / o.seconds for o in outcomes), "requests": len(latencies), "p50 s": at(0.5),
             "p95 s": at(0.95), "p99 s": at(0.99), "cached": statistics.mean(o.cached for o in outcomes),
             "replicas": len(members), **({} if rate is None else {"offered/s": rate}),
+            **({"compiled": dict(names)} if names else {}),
         }  # fmt: skip
 
-    def close(self) -> None:
+    def close(self, deadline: float | None = None) -> None:
+        """End them all, by `deadline` (time.monotonic)."""
+        deadline = time.monotonic() + 5 if deadline is None else deadline
         for member in self.every:
             member.send(None)
         for member in self.every:
             if not member.gone:
-                member.end()
+                member.end(max(deadline - time.monotonic(), 0))
 
 
 def resumed(record: Record, out: pathlib.Path | None) -> Record:
@@ -299,14 +391,19 @@ def keep(record: Record, measurements: Sequence[measure.Measurement]) -> None:
 def load(record: Record, group: Replicas, key: str, cells: Sequence[Cell], seconds: float, out, half: bool = False) -> None:
     """Requests/s of every cell to record.data["table"], and, with `half`, latencies at half of it under open-loop load.
 
-    A load in which nothing finished is no rate: it is taken again, for four times as long.
+    A load in which nothing finished is no rate: it is taken again, for four times as long. One in which kernels were compiled,
+    seconds each, tells of the compiler: it is taken again, ATTEMPTS times in all, and the last one kept.
     """
     table = record.data.setdefault("table", {})
     for cell in cells:
         row = table.setdefault(str(cell), {})
         rate, length = row["engines"]["requests/s"] / 2 if half else None, seconds
-        while not (seen := group.run(cell, length, rate))["requests"] and length < LONGEST_LOAD:
-            length *= 4
+        for attempt in range(1, ATTEMPTS + 1):
+            while not (seen := group.run(cell, length, rate))["requests"] and length < LONGEST_LOAD:
+                length *= 4
+            if not (names := seen.get("compiled")) or attempt == ATTEMPTS:
+                break
+            print(f"{cell!s:28s} {key:8s} taken again: {', '.join(names)} compiled in its window", flush=True)
         row[key] = seen
         p50, p99 = (1e3 * (seen[name] or 0) for name in ("p50 s", "p99 s"))
         print(f"{cell!s:28s} {key:8s} {seen['requests/s']:7.0f}/s  p50 {p50:6.1f} ms  p99 {p99:6.1f} ms"

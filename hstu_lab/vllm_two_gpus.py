@@ -1,6 +1,6 @@
 """Measure one model on two GPUs and write what was seen to data/measured/<device>/vllm_two_gpus.json.
 
-    python -m hstu_lab.vllm_two_gpus [--out FOLDER] [--seconds 1] [--only PART,PART] [--cpu]
+    python -m hstu_lab.vllm_two_gpus [--out FOLDER] [--seconds 1] [--only PART,PART] [--patience 240] [--cpu]
 
 Two ways are vLLM's own: tensor parallel (every GPU holds half of each layer's heads) and data parallel (an engine a GPU behind
 one asynchronous front end). The third is an engine's process after another, half of them on each GPU. All must answer alike.
@@ -74,17 +74,23 @@ class DataParallel:
         raise RuntimeError("vLLM ended the request without an answer")
 
     async def load(self, config, cell: Cell, in_flight: int, seconds: float) -> float:
-        """Requests a second, so many always in flight."""
-        users, finished, begin = Users(config, cell, 1), 0, time.perf_counter() + 0.5
+        """Requests a second, so many always in flight, over at least `seconds` and as many answers.
+
+        The clock starts when each place has been answered twice: whatever had to be compiled is.
+        """
+        users, times, first = Users(config, cell, 1), [], 2 * in_flight - 1
+
+        def over() -> bool:
+            return len(times) > first + in_flight and times[-1] - times[first] >= seconds
 
         async def one() -> None:
-            nonlocal finished
-            while (now := time.perf_counter()) < begin + seconds:
+            while not over():
                 await self.topk(next(users), TASKS["topk"])
-                finished += begin <= now and time.perf_counter() < begin + seconds
+                if not over():
+                    times.append(time.perf_counter())
 
         await asyncio.gather(*(one() for _ in range(in_flight)))
-        return finished / seconds
+        return (len(times) - 1 - first) / (times[-1] - times[first])
 
 
 def data_parallel(connection, folder: pathlib.Path, options: EngineOptions, size: int) -> None:
@@ -121,12 +127,13 @@ class TwoGpus:
     def __init__(
         self, root: pathlib.Path, seconds: float, out: pathlib.Path | None, note: str = "", exact: EngineOptions = EXACT,
         options: EngineOptions = OPTIONS, preset: str = "gr-3b", replicas: int = 4, dtype: torch.dtype = torch.bfloat16,
-        history: int = 512, patience: float = 240, only: Sequence[str] = PARTS,
+        histories: Sequence[int] = (512, 2000), patience: float = 240, only: Sequence[str] = PARTS,
     ):  # fmt: skip
         if unknown := set(only) - set(PARTS):
             raise SystemExit(f"--only {sorted(unknown)[0]}: there are {', '.join(PARTS)}")
         self.only, self.seconds, self.out, self.count, self.options = only, seconds, out, replicas, options
-        self.cells = [Cell(task, history, 0.0) for task in TASKS]
+        self.cells = [Cell(task, histories[0], 0.0) for task in TASKS]
+        self.long = Cell("topk", histories[-1], 0.0)
         self.record = Record.here("vllm_two_gpus", command=f"python -m hstu_lab.vllm_two_gpus --seconds {seconds}", note=note)
         if set(only) != set(PARTS):
             self.record = resumed(self.record, out)
@@ -149,7 +156,7 @@ class TwoGpus:
         }
         self.ways = {
             part: {
-                name: Replicas(1, lambda _, arguments=arguments: arguments, target, daemon=False, patience=patience)
+                name: Replicas(1, lambda _, arguments=arguments: arguments, target, daemon=False, patience=patience / 3)
                 for name, (target, *arguments) in each.items()
             }
             for part, each in ways.items()
@@ -157,7 +164,7 @@ class TwoGpus:
         }
 
     def _engine(self, folder: pathlib.Path, options: EngineOptions, number: int = 0, total: int = 1, gpu: int | None = None):
-        return replica, folder, options, number, total, gpu, self.cells
+        return replica, folder, options, number, total, gpu, [*self.cells, self.long]
 
     def run(self) -> list[str]:
         """Every part of `only`; those that failed."""
@@ -167,13 +174,18 @@ class TwoGpus:
             self._close()
 
     def _note(self, part: str, error: Exception | None) -> None:
-        self.record.data["parts"][part] = f"failed: {error}" if error else "measured"
+        missing = self.record.data.get("not up in time", {}).get(part, [])
+        measured = f"measured without {', '.join(missing)}" if missing else "measured"
+        self.record.data["parts"][part] = f"failed: {error}" if error else measured
         measure.write_record(self.record, self.out)
 
     def _close(self) -> None:
-        for each in self.ways.values():
-            for group in each.values():
-                group.close()
+        groups = [group for each in self.ways.values() for group in each.values()]
+        for member in (member for group in groups for member in group.every):
+            member.send(None)
+        deadline = time.monotonic() + 5
+        for group in groups:
+            group.close(deadline)
         self.ways.clear()
 
     def _ready(self, part: str) -> dict[str, Replicas]:
@@ -182,8 +194,8 @@ class TwoGpus:
             print(f"{part}: {name}", end=": ", flush=True)
             with contextlib.suppress(RuntimeError):
                 group.start(max(self.start + self.patience - time.monotonic(), 0))
-        if missing := [name for name, group in self.ways[part].items() if group.every[0].gone]:
-            self.record.data.setdefault("not up in time", {})[part] = missing
+        late = self.record.data.setdefault("not up in time", {})
+        late[part] = [name for name, group in self.ways[part].items() if group.every[0].gone]
         return {name: group for name, group in self.ways[part].items() if not group.every[0].gone}
 
     def _rate(self, name: str, rate: float) -> None:
@@ -207,13 +219,15 @@ class TwoGpus:
         for name, group in self._ready("tensor").items():
             found = group.tell("step")[0]
             keep(self.record, [dataclasses.replace(m, name=f"{m.name}, one engine, {name}") for m in found])
-            for cell in self.cells:
+            for cell in (*self.cells, self.long):
+                group.run(cell, self.seconds / 2)  # whatever must be compiled yet is
                 self._rate(f"{cell}, one engine, {name}", group.run(cell, self.seconds)["requests/s"])
 
     def data(self) -> None:
         """Requests/s through vLLM's asynchronous front end, over one engine and, data parallel, two."""
         for name, group in self._ready("data").items():
-            self._rate(f"{self.cells[0]}, vLLM's front end, {name}", group.tell("rate", self.cells[0], 256, self.seconds)[0])
+            for cell in (self.cells[0], self.long):
+                self._rate(f"{cell}, vLLM's front end, {name}", group.tell("rate", cell, 256, self.seconds)[0])
 
     def replicas(self) -> None:
         """Requests/s of independent engines that share one GPU, and of as many on each of two."""
@@ -240,6 +254,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="length of one load")
     parser.add_argument("--note", default="", help="what readers of the record must know of this machine")
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--patience", type=float, default=240, help="seconds after the start that engines have to come up")
     parser.add_argument("--cpu", action="store_true", help="a tiny model without GPUs, to try this program; no record")
     arguments = parser.parse_args()
     if not arguments.cpu and torch.cuda.device_count() < 2:
@@ -249,9 +264,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         root = pathlib.Path(temporary)
         if arguments.cpu:
-            bench = TwoGpus(root, arguments.seconds, root, "", CPU, CPU, "small", 1, torch.float32, 96, 600, only)
+            bench = TwoGpus(root, arguments.seconds, root, "", CPU, CPU, "small", 1, torch.float32, (96, 200), 600, only)
         else:
-            bench = TwoGpus(root, arguments.seconds, arguments.out, arguments.note, only=only)
+            bench = TwoGpus(
+                root, arguments.seconds, arguments.out, arguments.note, patience=arguments.patience, only=only
+            )  # fmt: skip
         return 1 if bench.run() else 0
 
 

@@ -72,3 +72,9 @@ def running(checkpoint, *arguments, strategy="eager", token=TOKEN, environment=N
             process.kill()
             process.wait()
         process.stdout.close()
+
+
+def with_child(connection):
+    """A process that starts another, tells its id, and waits."""
+    connection.send(subprocess.Popen(["sleep", "100"]).pid)
+    connection.recv()

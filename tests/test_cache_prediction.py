@@ -1,16 +1,19 @@
 """The learned policy: causal, deterministic, within Belady's bound, worth having where users return, harmless where it is not."""
 
 import gzip
+import itertools
 import zipfile
 
 import numpy as np
 import pytest
+import torch
 
 from hstu_lab import cache_prediction
 from hstu_lab.cache_features import F
 from hstu_lab.cache_policies import POLICIES, simulate
-from hstu_lab.cache_prediction import BINS, HIDDEN, Network, play
+from hstu_lab.cache_prediction import BINS, HIDDEN, Network, Watch, play
 from hstu_lab.cache_traces import Trace, movielens_trace, request_trace, review_trace, stalls, synthetic_trace
+from hstu_lab.hot_cache import HotCache
 
 
 def events(accesses=4000, users=40, items=600, seed=0):
@@ -52,6 +55,47 @@ def test_it_stays_within_belady_and_shadows_are_the_plain_policies(played, reque
     assert played.hits.sum() <= simulate("belady", requests.items, 50).sum()
     for name in POLICIES:
         assert np.array_equal(played.shadow[name], simulate(name, requests.items, 50)), name
+
+
+def requests_of(trace):
+    """(rows, user, second) of each request."""
+    for start, end in itertools.pairwise([*trace.starts, len(trace.items)]):
+        yield trace.items[start:end], int(trace.users[start]), int(trace.times[start])
+
+
+def test_on_line_it_expects_what_it_expects_in_a_simulation(played, requests):
+    watch = Watch(played.network, requests.num_items, int(requests.users.max()) + 1, 50)
+    assert (watch.outlook() == -np.inf).all()
+    for rows, user, second in requests_of(requests):
+        watch.see(rows, user, second)
+    assert np.array_equal(watch.outlook(), played.outlook)
+    some = np.array([5, 3, 599])
+    assert np.array_equal(watch.outlook(some), played.outlook[some])
+    assert np.isfinite(watch.outlook()).sum() > 100
+    with pytest.raises(ValueError, match="in order of time"):
+        watch.see(some, 0, second - 1)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_real_cache_hits_more_by_what_is_expected_than_by_lru(requests, device):
+    half = len(requests.items) // 2
+    network = play(requests.first(half), 60).network
+
+    def hit_ratio(watch):
+        cache, asked = HotCache(torch.zeros(requests.num_items, 2), 60 + 12, device, spares=12), 0
+        for rows, user, second in requests_of(requests):
+            if asked <= half:
+                before = cache.stats()
+            asked += len(rows)
+            cache.rows(torch.from_numpy(rows).to(device))
+            if watch is not None:
+                watch.see(rows, user, second)
+                cache.prioritise(torch.from_numpy(watch.outlook()))
+        after = cache.stats()
+        return 1 - (after.misses - before.misses) / (after.lookups - before.lookups)
+
+    watch = Watch(network, requests.num_items, int(requests.users.max()) + 1, 60)
+    assert hit_ratio(watch) > hit_ratio(None) + 0.01
 
 
 def test_the_future_does_not_reach_back(requests):

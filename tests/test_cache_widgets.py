@@ -58,3 +58,13 @@ def test_the_recorded_traces_are_drawn_as_they_are():
             best = max(value for name, value in cell["policies"].items() if name != "predicted")
             assert cell["closed"] == pytest.approx((cell["cache"] - best) / (cell["belady"] - best))
     assert widgets.cost_bars({"cache": 1.0, "all in HBM": 0.5}, {"cache": 1.0, "all in HBM": 2.0}).png()
+
+
+def test_lookups_are_drawn_where_they_were_measured():
+    cases = [{"asked": kind, "where": where, "seconds": seconds, "hit ratio": ratio}
+             for kind, where, seconds, ratio in (("all hits", "hot cache, LRU", 1e-4, 1.0), ("all hits", "HBM", 2e-5, None),
+                                                 ("Zipf", "hot cache, LRU", 3e-4, 0.9))]  # fmt: skip
+    left, right = widgets.lookup_bars(cases).axes
+    assert [bar.get_width() for bar in left.patches] == pytest.approx([100, 20])
+    assert [bar.get_width() for bar in right.patches] == pytest.approx([300])
+    assert [text.get_text() for text in right.texts] == ["300 (90% hits)"]

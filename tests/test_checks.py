@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from hstu_lab import checks
 
@@ -174,6 +175,7 @@ RIGHT = {
         ("may-swap", lambda reference, other, scores, error: reference == other),
         ("may-swap", lambda reference, other, scores, error: set(reference) == set(other)),
         ("may-swap", lambda reference, other, scores, error: True),
+        ("may-swap", lambda reference, other, scores, error: may_swap(reference, other, scores, error + 1e-9)),
         ("largest-batch", lambda limit, fixed, per_user: round((limit - fixed) / per_user)),
         ("largest-batch", lambda limit, fixed, per_user: int(limit // per_user)),
         ("largest-batch", lambda limit, fixed, per_user: int((limit - fixed) // per_user)),
@@ -182,3 +184,31 @@ RIGHT = {
 def test_the_checks_tell_right_from_nearly_right(name, wrong, capsys):
     assert checks.check(name, RIGHT[name], strict=True)
     assert not checks.check(name, wrong)
+
+
+def biased_attention(q, k, v, bias, n, scale=None, before=True, masked=0.0, sees=0, weigh=torch.nn.functional.silu):
+    scores = q @ k.T * (q.shape[-1] ** -0.5 if scale is None else scale) + before * bias
+    future = ~torch.ones_like(scores, dtype=torch.bool).tril(sees)
+    if masked == -math.inf:
+        return weigh(scores.masked_fill(future, masked)) @ v / n
+    return (weigh(scores) + (not before) * bias).masked_fill(future, masked) @ v / n
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"masked": -math.inf}, "NaN"),
+        ({"sees": 8}, "mask the future"),
+        ({"sees": -1}, "sees itself"),
+        ({"scale": 1}, "without a bias already"),
+        ({"weigh": lambda scores: scores.softmax(-1)}, "mask the future"),
+        ({"weigh": torch.sigmoid}, "without a bias already"),
+        ({"before": False}, "before the SiLU"),
+    ],
+)
+def test_what_is_wrong_with_an_attention_is_named(changes, said):
+    checks.check("biased-attention", biased_attention, strict=True)
+    with pytest.raises(checks.CheckFailed, match=said):
+        checks.check("biased-attention", lambda *inputs: biased_attention(*inputs, **changes), strict=True)
+    with pytest.raises(checks.CheckFailed, match="divide by max_seq_len"):
+        checks.check("biased-attention", lambda q, *more: biased_attention(q, *more[:3], len(q)), strict=True)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pathlib
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import zipfile
 
 import pytest
 
+from hstu_lab import settings
 from hstu_lab.__main__ import main
 from hstu_lab.event_log import EventsError
 from hstu_lab.events import write_events
@@ -145,6 +147,36 @@ def test_a_long_history_is_cut_and_said(run, tmp_path, tiny_world):
     assert "oldest events left out" in out
 
 
+def test_a_synthetic_log_for_presets_without_user_rows_and_beyond_this_machine(tmp_path, capsys, monkeypatch):
+    from hstu_lab import events as reader
+
+    class World(reader.World):
+        def generate(self, num_users=None, **more):
+            assert self.config.preset == "ml-1m", "the log was made before the memory was looked at"
+            return super().generate(num_users or 12, **more)
+
+    monkeypatch.setattr(reader, "World", World)
+    assert main(["train", "--preset", "ml-1m", "--steps", "1", "--out", str(tmp_path / "run"), "--json"]) == 0
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    monkeypatch.setattr("hstu_lab.environment.memory_bytes", lambda: 16 << 30)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["train", "--preset", "gr-3b", "--steps", "1", "--out", str(tmp_path / "large")]) == 2
+    err = capsys.readouterr().err
+    assert err.strip().splitlines()[-1].startswith("error: preset gr-3b: to train its 3,202,198,531 parameters takes 47.7 GiB")
+    assert not (tmp_path / "large").exists()
+
+
+@pytest.mark.parametrize("mode", ["single", "batch"])
+def test_an_identifier_of_any_characters_neither_breaks_a_line_nor_steers_the_terminal(run, tmp_path, mode):
+    path = tmp_path / "log.jsonl"
+    path.write_text(_row(user="ü\n\x1b[31m\u2028") + "\n")
+    status, out, _ = run("--events", path, "--mode", mode)
+    assert status == 0
+    assert r"ü\n\x1b[31m\u2028" in out
+    assert "\x1b" not in out
+    assert len(run("--events", path, "--mode", mode, "--json")[1].strip().split("\n")) == 1
+
+
 def test_a_user_who_is_not_there(run, events):
     status, _, err = run("--events", events, "--user", "nobody")
     assert status == 2
@@ -175,6 +207,7 @@ def _break_weights(folder):
         (lambda f: (f / "catalog.json").write_text("[]"), "catalog.json"),
         (lambda f: (f / "catalog.json").unlink(), "catalog.json"),
         (lambda f: (f / "users.json").write_text("{}"), "users.json"),
+        (lambda f: (f / "users.json").write_text('["u1", "u1"]'), "different user ids"),
     ],
 )
 def test_a_broken_checkpoint(run, events, tiny_checkpoint, tmp_path, spoil, said):
@@ -198,6 +231,38 @@ def test_settings_are_checked_by_name(run, events, tmp_path, monkeypatch):
     assert status == 2
     assert "task" in err
     assert "tops" in err
+
+
+def test_settings_in_another_encoding_are_one_line(run, events, tmp_path):
+    config = tmp_path / "own.toml"
+    config.write_bytes("# größer\ntask = 'slate'\n".encode("latin-1"))
+    status, _, err = run("--events", events, "--config", config)
+    assert (status, len(err.strip().splitlines())) == (2, 1), err
+    assert f"{config}: not TOML" in err
+
+
+def test_a_variable_that_is_set_to_nothing_is_not_set(run, events, monkeypatch):
+    monkeypatch.setenv("HSTU_LAB_EVENTS", "")
+    monkeypatch.setenv("HSTU_LAB_BATCH_SIZE", "")
+    assert run("--events", events)[0] == 0
+
+
+def test_a_variable_that_no_setting_has_is_named(monkeypatch, caplog):
+    monkeypatch.setattr(settings.log.parent, "propagate", True)
+    monkeypatch.setenv("HSTU_LAB_TOKEN", "x")
+    settings.load_settings()
+    assert not caplog.messages
+    monkeypatch.setenv("HSTU_LAB_BATCHSIZE", "3")
+    settings.load_settings()
+    said = "HSTU_LAB_BATCHSIZE is set, but there is no such setting; unset it, or was batch_size meant?"
+    assert set(caplog.messages) == {said}
+
+
+def test_the_other_variables_are_those_that_the_package_reads():
+    sources = pathlib.Path(settings.__file__).parent.rglob("*.py")
+    read = {name for path in sources for name in re.findall(r"HSTU_LAB_([A-Z_]+)", path.read_text())}
+    assert read - {field.upper() for field in settings.Settings.model_fields} <= set(settings.OTHER_VARIABLES)
+    assert set(settings.OTHER_VARIABLES[:3]) <= read
 
 
 def test_an_unknown_field_of_the_settings_is_named_with_the_known_ones(run, events, tmp_path):
@@ -229,11 +294,15 @@ def test_a_bad_strategy_names_the_variable_it_came_from_and_the_choices(events, 
         (["serve", "--strategy", "vllm", "--hot-cache-rows", "8"], "--hot-cache-rows: strategy vllm keeps whole tables"),
         (["recommend", "--strategy", "eager", "--precision", "int8"], "--precision int8: no stage of strategy eager has it"),
         (["export", "--target", "sm_80"], "--to tensorrt"),
+        (["export", "--events", "log.jsonl"], "--events is the log that int8 is calibrated with"),
         (["serve", "--port", "70000"], "--port: 70000 is no port"),
         (["serve", "--checkpoint", "nowhere"], "checkpoint nowhere: no model.safetensors there"),
         (["serve", "--token-file", "nowhere"], "--token-file nowhere"),
         (["load", "--seconds", "-1"], "--seconds: -1 is no number above 0"),
+        (["load", "--record", "My load"], "record name 'My load': use lower-case letters"),
         (["train", "--minutes", "soon"], "--minutes: soon is no number above 0"),
+        (["train", "--seed", "-1"], "--seed: -1 is no whole number from 0"),
+        (["train", "--seed", str(2**63)], "is no whole number from 0 to 2^63 - 1"),
         (["nonsense"], "invalid choice: 'nonsense'"),
         ([], "COMMAND"),
     ],
@@ -319,6 +388,19 @@ def test_movielens_without_its_checkpoint_names_the_training_command(tmp_path, c
     err = capsys.readouterr().err
     assert "python -m hstu_lab train --events" in err
     assert "--preset ml-1m" in err
+
+
+def test_a_log_of_ones_own_is_trained_on_and_found_again_and_no_checkpoint_of_another_is_lost(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hstu_lab.pipeline.CHECKPOINTS", tmp_path / "checkpoints")
+    for name, items in (("mine", "abcd"), ("yours", "efghij")):
+        rows = [_row(user=user, item=item, timestamp=1000 * i) for user in ("ann", "bob") for i, item in enumerate(items[:-1])]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join([*rows, _row(user="cem", item=items[-1])]) + "\n")
+        assert main(["train", "--events", str(tmp_path / f"{name}.jsonl"), "--preset", "tiny", "--steps", "2", "--json"]) == 0
+    for name, left in (("mine", {"d"}), ("yours", {"j"})):
+        capsys.readouterr()
+        flags = ["--events", str(tmp_path / f"{name}.jsonl"), "--user", "ann", "--strategy", "eager", "--json"]
+        assert main(["recommend", *flags]) == 0
+        assert {item["item_id"] for item in json.loads(capsys.readouterr().out)["items"]} == left
 
 
 def test_defects_keep_their_traceback(monkeypatch, events, tiny_checkpoint):

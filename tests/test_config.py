@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -51,7 +52,11 @@ def test_tokens_of_users_lie_above_those_of_events():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        *(({field: 0}, f"{field} is 0: give a whole number from 1 up") for field in COUNTS if field != "num_users"),
+        *(
+            ({field: 0}, f"{field} is 0: give a whole number from 1 up")
+            for field in COUNTS
+            if field not in ("num_users", "num_actions")
+        ),
         ({"num_users": -1}, "num_users is -1: give a whole number from 0 up"),
         ({"d_model": 64.0}, "d_model is 64.0: give a whole number"),
         ({"num_layers": "3"}, "num_layers is '3': give a whole number"),
@@ -62,6 +67,18 @@ def test_tokens_of_users_lie_above_those_of_events():
         ({"max_seq_len": 11}, "max_seq_len is 11: it must exceed slate_size + num_context = 11"),
         ({"num_users": 0, "max_seq_len": 10}, "max_seq_len is 10: it must exceed slate_size + num_context = 10"),
         ({"width": 3}, "unknown model field 'width': see "),
+        ({"num_items": True}, "num_items is True: give a whole number from 1 up"),
+        ({"num_actions": 6}, "num_actions is 6: give a whole number from 7 up"),
+        ({"temperature": 0}, "temperature is 0: give a number above 0"),
+        ({"temperature": None}, "temperature is None: give a number above 0"),
+        ({"norm_eps": math.nan}, "norm_eps is nan: give a number above 0"),
+        ({"dropout": 1.0}, "dropout is 1.0: give a number from 0 to below 1"),
+        ({"target_time_bias": 1}, "target_time_bias is 1: give true or false"),
+        ({"task_weights": ("a", 1, 2)}, "task_weights is ('a', 1, 2): give one number for each task"),
+        ({"task_weights": (1, math.inf, 2)}, "task_weights is (1.0, inf, 2.0): give finite numbers"),
+        ({"side_features": (("category",),)}, "side_features is (('category',),): give pairs of a name and its rows"),
+        ({"side_features": (("user", 5),)}, "side_features gives 'user', the name of another table"),
+        ({"side_features": (("a", 5), ("a", 6))}, "side_features gives 'a', the name of another table"),
     ],
 )
 def test_what_cannot_work_is_refused_by_the_name_of_the_field(changes, message):
@@ -109,6 +126,7 @@ def test_json_brings_back_an_equal_config(name):
         (lambda fields: fields.pop("d_model"), "config is incomplete: .*'d_model'"),
         (lambda fields: fields.update(d_model=0), "d_model is 0"),
         (lambda fields: fields.update(d_model=None), "d_model is None"),
+        (lambda fields: fields.update(side_features=7), "side_features is 7: give pairs"),
     ],
 )
 def test_json_of_another_shape_is_refused(change, message):

@@ -8,7 +8,7 @@ import time
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from hstu_lab.engine_process import EngineProcess, EngineRefused, EngineUnavailable, _cache_lines
+from hstu_lab.engine_process import EngineBroken, EngineProcess, EngineRefused, EngineUnavailable, _cache_lines
 from hstu_lab.hot_cache import CacheStats
 
 BODY = {"user": "u1", "task": "topk", "items": ["i1", "i2"], "actions": [1, 2], "timestamps": [10, 20]}
@@ -22,31 +22,43 @@ def gone(pid):
     return False
 
 
-def test_an_engine_that_cannot_start_says_why_and_is_tried_again(tmp_path, monkeypatch):
-    killed = []
+def test_an_engine_that_cannot_start_says_why_and_is_not_tried_again(tmp_path, monkeypatch):
+    killed, told = [], []
     monkeypatch.setattr(asyncio.subprocess.Process, "kill", lambda process: killed.append(process.pid))
 
     async def run():
         async with EngineProcess({"strategy": "eager", "checkpoint": str(tmp_path)}) as engine:
+            engine.on_broken = lambda: told.append(engine.broken)
             with pytest.raises(EngineUnavailable, match="is starting"):
                 await engine.ask("recommend", **BODY)
-            while engine.restarts < 1:
-                await asyncio.sleep(0.05)
-            assert engine.ready is None
+            await asyncio.wait_for(engine._task, 100)
+            assert engine.restarts == 0
             assert not killed, "a signal to one that has ended takes its exit status away from asyncio"
-            monkeypatch.undo()
+            with pytest.raises(EngineBroken, match="CheckpointError"):
+                await engine.ask("recommend", **BODY)
             return engine.last_failure
 
     failure = asyncio.run(run())
     assert failure.startswith("CheckpointError")
     assert str(tmp_path) in failure
+    assert told == [failure]
+
+
+def test_one_that_has_been_up_or_ends_by_a_defect_is_tried_again():
+    engine = EngineProcess({})
+    engine._receive({"failed": "MemoryError: ", "ours": False})
+    assert not engine.broken, "memory may be free a moment later"
+    engine._receive({"ready": {}})
+    engine._receive({"failed": "CheckpointError: gone", "ours": True})
+    assert not engine.broken, "it is being replaced, perhaps"
 
 
 def test_one_that_hangs_is_killed_and_one_that_answers_is_closed(tiny_checkpoint):
     async def run():
         settings = {"strategy": "eager", "checkpoint": str(tiny_checkpoint)}
         async with EngineProcess(settings, hang_seconds=3) as engine:
-            await asyncio.wait_for(engine.wait_ready(), 100)
+            while engine.ready is None:
+                await asyncio.sleep(0.05)
             first = engine.pid
             assert len((await engine.ask("recommend", **BODY))["items"]) == 10
             with pytest.raises(EngineRefused, match="action 99 is unknown"):

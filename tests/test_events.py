@@ -164,6 +164,26 @@ def test_ties_do_not_depend_on_who_else_is_in_the_file(tmp_path):
     assert_same(everybody.select([everybody.index(user) for user in few.users]), few)
 
 
+def test_fractions_of_a_second_are_cut_off_and_counted(tmp_path):
+    times = (1000.2, 1000.9, 1001.0, 1002)
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps({"user": "u1", "item": "i1", "action": "click", "timestamp": t}) + "\n" for t in times))
+    log = read_events(path)
+    assert log.timestamps.tolist() == [1000, 1001, 1002]
+    assert log.report.repaired == {"fractions of a second, cut off": 2, "exact duplicates, dropped": 1}
+
+
+def test_what_cannot_be_written_or_lacks_a_field_is_said(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"user": "u1", "item": "i1", "action": "click", "timestamp": 5}\n{}\n')
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EventsError, match=r"cannot be written .* give another reject file"):
+        read_events(path, reject_file=tmp_path / "file" / "rejects.jsonl")
+    (tmp_path / "catalog.json").write_text('{"schema_version": 1, "name": "x", "ids": [null], "titles": [null]}')
+    with pytest.raises(EventsError, match="features is missing"):
+        Catalog.load(tmp_path / "catalog.json")
+
+
 # ---- what is bad is named, counted, set aside
 
 

@@ -1,9 +1,12 @@
 """The benchmark keeps in its record which GPU tests passed and which did not."""
 
+import importlib
 import json
 import pathlib
+import sys
 
 import pytest
+import torch
 from triton_cases import GPU  # noqa: F401 - first: it decides whether Triton's kernels are interpreted
 
 from hstu_lab import kernel_bench, measure
@@ -83,3 +86,12 @@ def test_a_run_cut_short_is_taken_up_where_it_ended(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(kernel_bench, "source", lambda: "other")
     kernel_bench.run_parts({"c": ("two", part(4))}, "python -m x", tmp_path, resume=True)
     assert records_in(tmp_path)["two"]["data"] == {"seen": [4], "parts": ["c"], "source": "other"}
+
+
+@pytest.mark.parametrize("module", ["kernel_bench", "cutlass_bench", "decode_bench"])
+def test_without_a_gpu_a_benchmark_says_so_and_where_the_records_are(module, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [module, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"PyTorch .* sees none; .*recorded so far: nvidia-h200.*data/measured"):
+        importlib.import_module(f"hstu_lab.{module}").main()
+    assert not list(tmp_path.iterdir())

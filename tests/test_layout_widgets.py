@@ -31,7 +31,7 @@ def test_bank_explorer_follows_its_controls():
     assert explorer.label.value.startswith("2 passes")
     assert bytes(explorer.image.value) != before
     explorer.controls["access"].value = "row"
-    assert explorer.label.value.startswith("1 passes")
+    assert explorer.label.value.startswith("1 pass where")
     explorer.controls["padding"].value = 16
     assert "padding wastes 20 % of the memory" in explorer.label.value
     assert "banks-swizzle-bits" in explorer.controls["swizzle_bits"]._dom_classes

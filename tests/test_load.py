@@ -203,3 +203,39 @@ def test_a_run_without_answers_has_no_percentiles():
     row = load.LoadResult("open", 5, 1.0, {"lost": 3}, Histogram()).to_dict()
     assert row["p99_ms"] != row["p99_ms"]
     assert (row["goodput"], row["sent"]) == (0, 3)
+
+
+def test_what_is_no_service_is_told_from_one_that_starts():
+    import http.server
+    import threading
+
+    said = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(said["status"])
+            self.send_header("Content-Type", said["type"])
+            self.end_headers()
+            self.wfile.write(said["body"])
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    async def check():
+        async with load.Client(f"http://127.0.0.1:{server.server_port}") as client:
+            await client.check()
+
+    starting = b'{"error": {"message": "the engine is starting"}}'
+    for status, kind, body, message in (
+        (404, "text/html", b"<p>no</p>", r"something else answers there \(status 404"),
+        (200, "application/json", b"{", "something else answers there"),
+        (503, "application/json", starting, "the engine is starting; wait until /ready is green"),
+        (401, "application/json", b'{"error": {"message": "give the token"}}', "give the token; set HSTU_LAB_TOKEN"),
+    ):
+        said |= {"status": status, "type": kind, "body": body}
+        with pytest.raises(load.LoadError, match=message):
+            asyncio.run(check())
+    server.shutdown()

@@ -93,7 +93,13 @@ def test_percentiles_interpolate():
     assert Measurement("x", (1.0, 2.0)).percentile(25) == 1.25
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(1.234, "1.23 s"), (0.00012, "120 us"), (0.5, "500 ms"), (3.2e-8, "32 ns")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (1.234, "1.23 s"), (0.00012, "120 us"), (0.5, "500 ms"), (3.2e-8, "32 ns"), (0.0, "0 ns"), (0.9996, "1 s"),
+        (0.9994e-3, "999 us"), (0.9996e-3, "1 ms"), (999.7e-9, "1 us"), (1234.5, "1234 s"),
+    ],
+)  # fmt: skip
 def test_seconds_are_shown_in_the_unit_that_fits(seconds, text):
     assert measure.format_seconds(seconds) == text
 

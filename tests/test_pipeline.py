@@ -5,18 +5,19 @@ import json
 import re
 import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from hstu_lab import pipeline, strategies, tensorrt_library
-from hstu_lab.config import preset
-from hstu_lab.event_log import History
+from hstu_lab.config import TASK_NAMES, preset
+from hstu_lab.event_log import Catalog, History
 from hstu_lab.events import World
 from hstu_lab.model import HSTU, CheckpointError, load_checkpoint, save_checkpoint
 from hstu_lab.pipeline import Recommender, RequestError
-from hstu_lab.settings import TASK_NAMES, Settings
+from hstu_lab.settings import Settings
 from hstu_lab.strategies import STAGES, Batch, Eager, StrategyUnavailable, best_items
 from hstu_lab.telemetry import StageTimer
 from hstu_lab.vllm_engine import Engine, EngineError, EngineOptions
@@ -191,6 +192,30 @@ def _gated(runner):
 
     runner.candidates = candidates
     return gate, begun, sizes
+
+
+def test_completions_in_flight_share_batches_whatever_their_counts(tiny_checkpoint):
+    with Recommender(tiny_checkpoint, strategy="eager") as recommender:
+        config, calls = recommender.config, []
+        prompts = [[config.user_token_base + 1, 5 + i, 9] for i in range(6)]
+        batches = [(Batch([p], [[t for t in p if t < config.num_items]]), 2 + i % 2) for i, p in enumerate(prompts)]
+        runner = recommender.runner("eager")
+        alone = [runner.candidates(batch, "slate", count, StageTimer())[0] for batch, count in batches]
+        candidates = runner.candidates
+
+        def counted(batch, *arguments):
+            calls.append(len(batch))
+            time.sleep(0.2)
+            return candidates(batch, *arguments)
+
+        runner.candidates = counted
+
+        async def run():
+            return await asyncio.gather(*(recommender.complete(batch, count, "eager") for batch, count in batches))
+
+        assert asyncio.run(run()) == [(items, 0) for items in alone]
+        assert sum(calls) == 6
+        assert len(calls) < 5, "those that came while the first was in work share batches"
 
 
 async def _first_then_others(recommender, begun, histories):
@@ -426,6 +451,26 @@ def test_fewer_items_than_asked_for(recommender, tiny_world):
     for task in TASK_NAMES:
         for strategy in STRATEGIES:
             assert {i.row for i in recommender.recommend(history, task=task, strategy=strategy).items} == left, (task, strategy)
+
+
+def test_a_catalog_smaller_than_the_candidates_asked_for(tmp_path, tiny_world):
+    """Five items, two of them seen, all five seen: every strategy gives what is left, and nothing dies of what is not."""
+    config = preset("tiny").replace(num_items=6, side_features=())
+    torch.manual_seed(0)
+    save_checkpoint(HSTU(config), tmp_path)
+    Catalog("five", [None, *"abcde"], [None] * 6).save(tmp_path / "catalog.json")
+    (tmp_path / "users.json").write_text(json.dumps(["u1"]))
+    whole = History("u1", np.arange(1, 6), np.full(5, 2), np.arange(5) * 60, np.zeros(5), np.zeros(5, dtype=int))
+    with Recommender(tmp_path, settings=Settings(kv_cache_mb=4)) as recommender:
+        for task in TASK_NAMES:
+            for history, left in ((whole[:2], 3), (whole, 0)):
+                answers = [recommender.recommend(history, task=task, strategy=strategy) for strategy in STRATEGIES]
+                lists = [[item.item_id for item in answer.items] for answer in answers]
+                assert lists == [lists[0]] * len(STRATEGIES), (task, left, lists)
+                assert len(lists[0]) == left
+                assert ("nothing is left" in str(answers[0])) == (not left)
+                waiting = asyncio.run(recommender.recommend_async(history, task=task, strategy="vllm"))
+                assert [item.item_id for item in waiting.items] == lists[0]
 
 
 def test_an_empty_history_without_a_user_token_is_refused(tmp_path, tiny_world):

@@ -5,8 +5,11 @@ import collections
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -108,6 +111,18 @@ def test_completions_are_the_next_items_of_packed_tokens(served, tiny_model):
     assert served.call("/v1/models")[2]["data"][0]["id"] == "hstu"
 
 
+def test_a_service_whose_engine_can_never_start_ends_with_one_line(tiny_checkpoint, tmp_path):
+    """The command line finds a missing file before it listens; that the weights are no weights, only the engine."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "torn")
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    command = [sys.executable, "-m", "hstu_lab", "serve", "--checkpoint", str(folder), "--strategy", "eager", "--port", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert ended.returncode != 0
+    assert "the engine cannot start: CheckpointError" in ended.stderr.splitlines()[-1]
+    assert str(folder) in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 # ---- what is refused
 
 
@@ -137,6 +152,17 @@ def test_a_broken_field_is_named(served, changes, field):
     assert status == 422
     assert answer["error"]["param"].startswith(field)
     assert answer["error"]["type"] == "invalid_request"
+
+
+def test_an_unknown_field_is_told_the_known_ones(served):
+    for path, body, known in (
+        ("/recommend", {"user": "u1", "surprise": 1}, "user, events, task, deadline_ms"),
+        ("/recommend", {"user": "u1", "events": [EVENT | {"surprise": 1}]}, "item, action, timestamp"),
+        ("/v1/completions", {"prompt": [1], "surprise": 1}, "model, prompt, max_tokens"),
+    ):
+        status, _, answer = served.call(path, body)
+        assert status == 422
+        assert f"surprise: there is no such field; known: {known}" in answer["error"]["message"]
 
 
 def test_events_of_another_user_are_refused(served):
@@ -387,6 +413,8 @@ def test_only_loopback_without_a_token():
     assert ServerOptions(host="0.0.0.0", token="x").token
     with pytest.raises(ServerError, match="deadline_ms is 0"):
         ServerOptions(deadline_ms=0)
+    with pytest.raises(ServerError, match="port is 99999"):
+        ServerOptions(port=99999)
 
 
 def test_the_openapi_document_tells_every_error():

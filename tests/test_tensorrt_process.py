@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from hstu_lab import tensorrt_library
+from hstu_lab.config import TASK_NAMES
 from hstu_lab.events import Catalog, read_events
 from hstu_lab.model import load_checkpoint
 from hstu_lab.onnx_export import export
 from hstu_lab.pipeline import SAMPLE, SHIPPED_CHECKPOINT, Recommender
-from hstu_lab.settings import TASK_NAMES, Settings
+from hstu_lab.settings import Settings
 from tests.tensorrt_process import remote_models, unify
 
 SIZES = {"length": 256, "candidates": 100}

@@ -410,6 +410,15 @@ def test_a_folder_that_cannot_be_written_is_found_out_before_the_first_step(tmp_
     assert not steps
 
 
+def test_a_model_beyond_this_machines_memory_is_refused_before_it_is_made(tmp_path, log, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("hstu_lab.environment.memory_bytes", lambda: 500_000)
+    with pytest.raises(TrainingError, match=r"tiny: to train its 47,395 parameters takes 0\.0 GiB .*a smaller preset"):
+        train(TINY, log, tmp_path, steps=1, progress=False)
+    monkeypatch.setattr("hstu_lab.environment.memory_bytes", lambda: 800_000)
+    assert train(TINY, log, tmp_path, steps=1, progress=False).steps == 1
+
+
 def test_a_log_that_does_not_fit_the_config_is_refused(log):
     with pytest.raises(TrainingError, match=r"num_users is 60, rows for 59 users .* set num_users to 61"):
         fit_config(TINY.replace(num_users=60), log)

@@ -1,4 +1,4 @@
-"""The encoder of a small step against the model's own: packed tokens of every kind, with and without users and features."""
+"""The encoder of a step, small or large, against the model's own: packed tokens of every kind, with and without users."""
 
 import types
 
@@ -17,9 +17,10 @@ DTYPES = [torch.float16, *([torch.bfloat16] if GPU else [torch.float32])]
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("times", [1, 4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("changes", [{}, {"num_users": 0, "side_features": ()}, {"d_model": 50, "num_users": 0}], ids=str)
-def test_packed_tokens(dtype, changes):
+def test_packed_tokens(dtype, changes, times):
     """The whole of what the model reads of a step: rows, gaps and items; events, users, candidates, marks, bare items."""
     config = preset("tiny").replace(**changes)
     g = torch.Generator().manual_seed(3)
@@ -37,7 +38,7 @@ def test_packed_tokens(dtype, changes):
     ids = [torch.randint(0, config.user_token_base, (7,), generator=g), torch.tensor([0, 1, config.num_items - 1])]
     ids += [torch.tensor([config.token_limit, config.token_limit + 5, config.token_limit + config.num_items + 9])]
     ids += [torch.tensor([config.user_token_base - 1, *([config.user_token_base + 4] if config.num_users else [])])]
-    ids = torch.cat(ids).to(DEVICE)
+    ids = torch.cat(ids).repeat(times).to(DEVICE)
     poison()
     x, gaps, items = triton_encoder.encode_tokens(ids, known, model.encoder)
 

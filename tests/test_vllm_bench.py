@@ -2,11 +2,13 @@
 
 import multiprocessing
 import os
+import pathlib
 import threading
 import time
 from multiprocessing.connection import Connection
 
 import pytest
+import serving
 import torch
 
 from hstu_lab import measure, vllm_bench, vllm_replicas
@@ -15,6 +17,7 @@ from hstu_lab.vllm_engine import Engine, EngineOptions
 from hstu_lab.vllm_load import Cell, Users, closed_loop, random_checkpoint, random_histories, serving_config
 from hstu_lab.vllm_replicas import Replicas, own_share_first
 
+get_context = multiprocessing.get_context
 OPTIONS = EngineOptions(kv_cache_memory_bytes=8 << 20, max_num_seqs=64, prompt_embeds=False, micro_batch=16)
 
 
@@ -134,6 +137,21 @@ def test_those_that_do_not_come_up_in_time_are_left_out():
         group.start(0.1)
 
 
+@pytest.mark.parametrize("seconds", [20, 0])
+def test_what_an_engine_started_ends_with_it(monkeypatch, seconds):
+    monkeypatch.setattr(vllm_replicas.multiprocessing, "get_context", get_context)
+    member = vllm_replicas.Member(0, serving.with_child, (), daemon=False)
+    child = member.hear(None, 60, "starting")
+    member.end(seconds)
+    end = time.monotonic() + 5
+    while time.monotonic() < end and pathlib.Path(f"/proc/{child}/stat").exists():
+        if pathlib.Path(f"/proc/{child}/stat").read_text().split()[2] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        assert not pathlib.Path(f"/proc/{child}/stat").exists()
+
+
 def test_shares_cover_all_jobs():
     assert [own_share_first(range(6), number, 3) for number in range(3)] == [
         [0, 1, 2, 3, 4, 5], [2, 3, 4, 5, 0, 1], [4, 5, 0, 1, 2, 3],
@@ -166,3 +184,57 @@ def test_the_clock_of_a_load_starts_after_the_first_wave(folder):
 def test_a_part_that_does_not_exist_is_refused(folder, tmp_path):
     with pytest.raises(SystemExit, match="there are step, telling"):
         bench(folder, tmp_path, ("steps",))
+
+
+def test_a_load_in_which_kernels_were_compiled_is_taken_again(tmp_path, capsys):
+    class Group:
+        answers = iter([{"linear": 2}, {}, {}])
+
+        def run(self, cell, seconds, rate):
+            compiled = next(self.answers)
+            row = {"requests": 5, "requests/s": 5.0, "p50 s": 0.1, "p99 s": 0.1, "cached": 0.0}
+            return row | ({"compiled": compiled} if compiled else {})
+
+    record = measure.Record.here("a_load", command="here")
+    vllm_replicas.load(record, Group(), "engines", [Cell("topk", 24, 0.0)], 0.1, tmp_path)
+    assert "taken again: linear compiled" in capsys.readouterr().out
+    assert "compiled" not in record.data["table"]["topk history=24 cold"]["engines"]
+    assert next(Group.answers) == {}, "a load without compilations is kept"
+
+
+def test_compilations_are_noted_by_name_and_only_the_first(tmp_path, monkeypatch):
+    import triton
+    from triton.compiler import ASTSource
+
+    from hstu_lab.ops.triton_kv_write import note_kernel
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    kernel = triton.JITFunction(note_kernel.fn)
+    pointers = {"Gaps": "*i32", "Items": "*i32", "Slots": "*i64", "SlotGaps": "*i32", "SlotItems": "*i32", "count": "i32"}
+    source = ASTSource(kernel, {**pointers, "BLOCK": "constexpr"}, {"BLOCK": 64})
+    monkeypatch.setattr(triton.knobs.compilation, "listener", None)  # engines of other tests, threads here, leave theirs
+    with vllm_replicas.compilations() as seen:
+        for _ in range(2):
+            triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", 80, 32))
+    assert [name for _, name in seen] == ["note_kernel"]
+    assert triton.knobs.compilation.listener is None
+
+
+def test_sharing_a_gpu_says_what_is_missing_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="nvidia-cuda-mps-control is not installed"), vllm_replicas.shared_gpu():
+        pass
+    control = tmp_path / "nvidia-cuda-mps-control"
+    log = 'echo "no way" > $CUDA_MPS_LOG_DIRECTORY/control.log'
+    control.write_text(f'#!/bin/sh\nif [ "$1" = -d ]; then {log}; else /bin/cat >> {tmp_path}/said; fi\n')
+    control.chmod(0o755)
+    monkeypatch.setattr(vllm_replicas, "TAKE_GPU", "import os; raise SystemExit(os.environ['CUDA_VISIBLE_DEVICES'] != '0')")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    before = dict(os.environ)
+    with vllm_replicas.shared_gpu():
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "0", "the daemon counts anew what it sees"
+    assert (tmp_path / "said").read_text() == "quit -t 5\n"
+    monkeypatch.setattr(vllm_replicas, "TAKE_GPU", "raise SystemExit(1)")
+    with pytest.raises(RuntimeError, match=r"(?s)no process can use the GPU.*no way"), vllm_replicas.shared_gpu():
+        pass
+    assert dict(os.environ) == before

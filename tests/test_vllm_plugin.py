@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hstu_lab.config import RAB_KINDS
+from hstu_lab.config import RAB_KINDS, preset
 from hstu_lab.model import HSTU, load_checkpoint, save_checkpoint
 from hstu_lab.strategies import best_items
 from hstu_lab.tokens import encode_history, level_seconds, pack
@@ -284,6 +284,26 @@ def test_the_memory_given_becomes_blocks_and_a_bad_request_stops_nobody(tiny_che
         with pytest.raises(EngineError, match=r"refused.*seen"):
             engine.topk([tokens[0]], [[-1]], 3)
         assert len(engine.topk([tokens[0]], [seen[0]], 3)[0].items) == 3
+        with pytest.raises(EngineError, match="k is 0"):
+            engine.topk([tokens[0]], [[]], 0)
+
+
+def test_a_catalog_smaller_than_what_is_asked_for_gives_all_of_it(tmp_path):
+    """Two items and the row that is none: lists, slates and scores, alone and in one step."""
+    model = HSTU(preset("tiny").replace(num_items=3, num_users=0, side_features=())).eval()
+    model.known_items[1:] = True
+    save_checkpoint(model, tmp_path)
+    with Engine(tmp_path, EngineOptions(kv_cache_memory_bytes=8 << 20, prompt_embeds=False)) as engine:
+        with engine.held():
+            futures = [engine.submit_topk([1, 1], [], 100), engine.submit_slate([1, 1], [], 10), engine.submit_topk([], [], 5)]
+            while engine.turn():
+                pass
+        assert [future.result().items for future in futures[:2]] == [[2], [2]]
+        with pytest.raises(EngineError, match="refused"):
+            futures[2].result()
+        assert engine.score([[1, 1]], [[]])[0].shape == (0, 3)
+        with pytest.raises(EngineError, match="catalog's 3 rows"):
+            engine.score([[1, 1]], [[2]])
 
 
 def test_prompts_that_share_a_prefix_may_come_together(tiny_checkpoint, prompts):

@@ -21,8 +21,10 @@ def get(name: str) -> types.ModuleType:
     if name not in BACKENDS:
         raise ValueError(f"ops is {name!r}: use one of {', '.join(BACKENDS)}")
     try:
-        return importlib.import_module(BACKENDS[name])
+        module = importlib.import_module(BACKENDS[name])
+        getattr(module, "require", lambda: None)()
     except ImportError as error:
         if (error.name or "").startswith("hstu_lab"):  # a defect of ours, not of the machine
             raise
         raise OpsUnavailable(f"ops {name!r} cannot run here: {error}; `reference` runs everywhere") from error
+    return module

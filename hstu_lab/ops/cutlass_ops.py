@@ -19,6 +19,7 @@ from hstu_lab.ops.triton_memory import dense_to_jagged, gather_sum, jagged_to_de
 from hstu_lab.ops.triton_paged import attention_paged
 
 name = "cutlass"
+require = triton_ops.require
 
 __all__ = [
     "RelativeBias", "attention_jagged", "attention_paged", "dense_to_jagged", "gather_sum", "jagged_to_dense", "layer_norm",

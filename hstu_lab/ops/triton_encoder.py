@@ -1,6 +1,6 @@
-"""The event encoder of a small serving step in three launches: packed tokens to the stack's input, and what the cache notes.
+"""The event encoder of a serving step in three or four launches: packed tokens to the stack's input, and what the cache notes.
 
-Said in PyTorch it is some thirty operators on a handful of numbers each. The oracle is `hstu_lab.tokens.unpack`, the tables and
+Said in PyTorch it is some thirty operators. The oracle is `hstu_lab.tokens.unpack`, the tables and
 `hstu_lab.model.EventEncoder`.
 """
 
@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hstu_lab.ops.triton_decode import project_normed, project_onto
-from hstu_lab.ops.triton_runtime import least
+from hstu_lab.ops.triton_decode import MOST_TOKENS, project_normed, project_onto
+from hstu_lab.ops.triton_linear import project_residual, project_silu
+from hstu_lab.ops.triton_memory import layer_norm
+from hstu_lab.ops.triton_runtime import interpreted, least
 
 MAX_FEATURES = 4
 
@@ -98,5 +100,8 @@ def read_tokens(tokens: Tensor, known: EncoderTables) -> tuple[Tensor, Tensor, T
 def encode_tokens(tokens: Tensor, known: EncoderTables, encoder) -> tuple[Tensor, Tensor, Tensor]:
     """`read_tokens`, its rows through the residual MLP of `encoder`, an `hstu_lab.model.EventEncoder`."""
     x, gaps, items = read_tokens(tokens, known)
-    hidden = project_normed(x, encoder.norm, encoder.up)
-    return project_onto(hidden, encoder.down, x), gaps, items
+    norm, up, down = encoder.norm, encoder.up, encoder.down
+    if len(tokens) <= MOST_TOKENS and (x.dtype != torch.float32 or interpreted()):
+        return project_onto(project_normed(x, norm, up), down, x), gaps, items
+    hidden = project_silu(layer_norm(x, norm.weight, norm.bias, norm.eps), up.weight, up.bias)
+    return project_residual(hidden, down.weight, down.bias, x), gaps, items

@@ -22,5 +22,8 @@ __all__ = [
     "name", "norm_gate", "project_residual", "project_silu",
 ]  # fmt: skip
 
-if not interpreted() and not torch.cuda.is_available():
-    raise ImportError('ops "triton" needs a CUDA device; set TRITON_INTERPRET=1 to run its kernels in Triton\'s interpreter')
+
+def require() -> None:
+    """Raise ImportError where these operators cannot run."""
+    if not interpreted() and not torch.cuda.is_available():
+        raise ImportError('ops "triton" needs a CUDA device; set TRITON_INTERPRET=1 to run its kernels in Triton\'s interpreter')

@@ -26,7 +26,7 @@ SHORT = 16
 """Most queries of a request that count as short."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "long_length", "alike_length"])
 def list_tiles_kernel(
     QueryOffsets, SeqLens, HistoryLens, Short, Long, Alike, batch, long_length, alike_length, BATCH_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, ALIKE_M: tl.constexpr, SHORT_ROWS: tl.constexpr, FILL: tl.constexpr,

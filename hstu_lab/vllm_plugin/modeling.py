@@ -144,7 +144,7 @@ class HSTUForRecommendation(nn.Module):
         if isinstance(metadata, dict):
             metadata = metadata[self.attention[0].layer_name]
         small = self._is_small(input_ids if inputs_embeds is None else inputs_embeds, metadata)
-        if small and inputs_embeds is None and self.encoder_tables is not None:
+        if inputs_embeds is None and self.slots.fused and self.gpus == 1 and self.encoder_tables is not None:
             from hstu_lab.ops.triton_encoder import encode_tokens
 
             x, gaps, item = encode_tokens(input_ids, self.encoder_tables, self.encoder)

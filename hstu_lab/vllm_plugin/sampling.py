@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
@@ -17,28 +18,42 @@ from vllm.v1.sample.sampler import Sampler
 from hstu_lab.vllm_plugin.slates import SlateLoop, SlateRows
 
 
+def is_plain(wanted: SamplingMetadata) -> bool:
+    """Whether the requests of a batch want the best items, and nothing that only vLLM's own sampler knows."""
+    return (
+        wanted.all_greedy and wanted.no_penalties and not wanted.bad_words_token_ids and wanted.max_num_logprobs != -1
+        and wanted.allowed_token_ids_mask is None and not wanted.logprob_token_ids
+    )  # fmt: skip
+
+
 class RecommendationSampler(Sampler):
-    """Greedy, with the log-probabilities of the best items; rows that want a slate get what `loop` generates for them."""
+    """Greedy, with the log-probabilities of the best items; rows that want a slate get what `loop` generates for them.
+
+    `last` (B, 1) are the items of the step before; `given` is the outcome of a step that `SteadySteps` made and nobody has seen.
+    """
 
     def __init__(self, loop: SlateLoop):
         super().__init__("processed_logprobs")
         self.loop = loop
+        self.given: SamplerOutput | None = None
+        self.last: Tensor | None = None
 
     def forward(
         self, logits: Tensor, sampling_metadata: SamplingMetadata, predict_bonus_token: bool = False, logprobs_mode_override=None
     ) -> SamplerOutput:
         """logits (B, V) -> one item a request, and the best items' ids and log-probabilities (B, 1 + most wanted)."""
+        if self.given is not None:
+            given, self.given = self.given, None
+            return given
         wanted, count = sampling_metadata, sampling_metadata.max_num_logprobs
         processors = wanted.logitsprocs.non_argmax_invariant
         slates = next((p.wanted(logits.shape[1]) for p in processors if isinstance(p, SlateRows)), None)
-        plain = (
-            wanted.all_greedy and wanted.no_penalties and not wanted.bad_words_token_ids and count != -1
-            and wanted.allowed_token_ids_mask is None and not wanted.logprob_token_ids
-        )  # fmt: skip
-        if not plain:
+        if not is_plain(wanted):
             if slates is not None:
                 raise ValueError("a slate shares no step with requests that are not greedy: run those in an engine of their own")
-            return super().forward(logits, sampling_metadata, predict_bonus_token, logprobs_mode_override)
+            output = super().forward(logits, sampling_metadata, predict_bonus_token, logprobs_mode_override)
+            self.last = output.sampled_token_ids
+            return output
         if slates is not None and len(slates[0]) == len(logits):  # nobody wants these logits
             found, scores = self._slate(slates, len(logits), count)
         else:
@@ -47,7 +62,7 @@ class RecommendationSampler(Sampler):
             found, scores = self._best(logits.float(), count)
             if slates is not None:
                 found[slates[0], : self.loop.count], scores[slates[0], : self.loop.count] = self._items(slates)
-        sampled = found[:, :1]
+        self.last = sampled = found[:, :1]
         if count is None:
             return SamplerOutput(sampled_token_ids=sampled, logprobs_tensors=None)
         ranks = torch.zeros(len(found), dtype=torch.int32, device=found.device)
@@ -61,8 +76,10 @@ class RecommendationSampler(Sampler):
         scores = logits.log_softmax(-1)
         best = scores.gather(1, found)
         if count:
-            more, items = scores.topk(count, dim=-1)
+            more, items = scores.topk(min(count, scores.shape[1]), dim=-1)
             found, best = torch.cat([found, items], 1), torch.cat([best, more], 1)
+            if (missing := 1 + count - found.shape[1]) > 0:  # a slate's row is longer than such a catalog
+                found, best = F.pad(found, (0, missing)), F.pad(best, (0, missing), value=-torch.inf)
         return found.int(), best
 
     def _items(self, slates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -75,16 +92,3 @@ class RecommendationSampler(Sampler):
         found, best = items.new_zeros(rows, 1 + count), scores.new_full((rows, 1 + count), -torch.inf)
         found[slates[0], : self.loop.count], best[slates[0], : self.loop.count] = items, scores
         return found, best
-
-
-class WorkerExtension:
-    """What vLLM's workers, on whatever device and however many, can be asked to do through `collective_rpc`."""
-
-    def use_recommendation_sampler(self, sizes: Sequence[int]) -> None:
-        """Sample by `RecommendationSampler`; its loop is captured as CUDA graphs for batches of those sizes."""
-        runner = self.model_runner
-        loop = SlateLoop(runner.get_model(), self.vllm_config, runner.get_model().config.slate_size)
-        runner.sampler = RecommendationSampler(loop)
-        if sizes:
-            with torch.inference_mode():
-                loop.capture(sizes)

@@ -60,6 +60,12 @@ class SeenItems(RequestRows):
     def _add(params: SamplingParams, prompt: list[int] | None, generated: list[int]) -> list[int] | None:
         return (params.extra_args or {}).get("seen")
 
+    def pairs(self) -> Tensor | None:
+        """(row, item) (P, 2) of what is masked besides the sequences' own items; None if this batch was never masked."""
+        if self._changed:
+            return None
+        return torch.zeros(0, 2, dtype=torch.int64) if self._pairs is None else torch.stack(self._pairs, 1)
+
     def apply(self, logits: Tensor) -> Tensor:
         """logits (B, V), masked in place. Ids beyond the item table are ignored."""
         if not self.requests:

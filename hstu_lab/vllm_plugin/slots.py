@@ -98,12 +98,13 @@ class Slots:
         if metadata.parts is None:
             first, start = metadata.fresh.first, metadata.fresh.start
             lens, offsets = metadata.history_lens, metadata.query_offsets
-            candidates = (metadata.seq_lens - lens)[first:].contiguous() if any(self.with_candidates.values()) else None
+            candidates = metadata.seq_lens[first:] - lens[first:] if any(self.with_candidates.values()) else None
             times = metadata.query_times
             make = functools.partial(dataclasses.replace, metadata, fresh=None)
+            # Copies: Triton compiles another variant, in the midst of serving, for a tensor that begins at an odd address.
             metadata.parts = (
                 make(
-                    query_offsets=(offsets[first:] - start).contiguous(), query_times=times[start:].contiguous(),
+                    query_offsets=offsets[first:] - start, query_times=times[start:].clone(),
                     candidates=candidates,
                 ),
                 make(

@@ -11,6 +11,7 @@ from hstu_lab.widgets.cache import (
     cost_bars,
     gap_bars,
     hit_ratio_lines,
+    lookup_bars,
     lookup_milliseconds,
     over_time,
     trace_explorer,

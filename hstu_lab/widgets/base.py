@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import ipywidgets
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as _Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 STYLE = {
     "font.size": 10,
@@ -80,6 +81,13 @@ class Explorer(ipywidgets.VBox):
             self._redraw()
         except Exception as error:
             self.label.value = f"{type(error).__name__}: {error}"
+
+
+def plain_log(axis) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5, which do not lie over each other as matplotlib's minor ones do."""
+    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:,.6g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def source_line(figure: Figure, source: str) -> None:

@@ -96,6 +96,31 @@ def cost_bars(milliseconds: Mapping[str, float], gigabytes: Mapping[str, float],
     return figure
 
 
+def lookup_bars(cases: Sequence[Mapping], source: str = "", time: str = "seconds") -> Figure:
+    """Recorded lookups (`cache_bench gpu fbgemm`): microseconds by where the rows are, a panel for each kind of traffic.
+
+    time: "seconds" as called, or "GPU seconds", in which the host has no part.
+    """
+    kinds, places = (list(dict.fromkeys(case[key] for case in cases)) for key in ("asked", "where"))
+    found = {(case["asked"], case["where"]): case for case in cases}
+    longest = 1e6 * max(case[time] for case in cases)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(10, 0.8 + 0.3 * len(places))
+        for axes, kind in zip(np.atleast_1d(figure.subplots(1, len(kinds), sharey=True)), kinds):
+            here = [(place, found[kind, place]) for place in places if (kind, place) in found]
+            colours = [POLICY_COLOURS["cache"] if place.startswith("hot cache") else "#999999" for place, _ in here]
+            axes.barh([place for place, _ in here], [1e6 * case[time] for _, case in here], color=colours, **EDGE)
+            for place, case in here:
+                hits = "" if case["hit ratio"] is None else f" ({case['hit ratio']:.0%} hits)"
+                axes.annotate(f"{1e6 * case[time]:.0f}{hits}", (1e6 * case[time], place), (4, 0),
+                              textcoords="offset points", va="center", fontsize=8)  # fmt: skip
+            axes.grid(axis="y", visible=False)
+            axes.set(title=kind, xlabel="us", xlim=(0, 1.6 * longest))
+        axes.invert_yaxis()
+        source_line(figure, source)
+    return figure
+
+
 def cache_dashboard(runs: Mapping[str, np.ndarray], milliseconds: Mapping[str, float], gigabytes: Mapping[str, float]) -> Figure:
     """Hit ratio over time, modelled time of a request's rows and GPU memory, side by side."""
     with matplotlib.rc_context(STYLE):

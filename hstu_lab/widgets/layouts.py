@@ -70,7 +70,8 @@ def bank_explorer() -> Explorer:
         offsets = algebra.shared_offsets(8, 64, padding, swizzle_bits)
         words = algebra.words_per_bank(offsets, algebra.pieces_touched(access, 8, 64, index))
         wasted = 100 * padding / (64 + padding)
-        text = f"{words.max()} passes where 1 would do at best; padding wastes {wasted:.0f} % of the memory"
+        passes = f"{words.max()} pass{'es' if words.max() > 1 else ''}"
+        text = f"{passes} where 1 would do at best; padding wastes {wasted:.0f} % of the memory"
         return text, bank_map(8, 64, padding, swizzle_bits, access, index)
 
     return Explorer(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import ipywidgets
 import matplotlib
 
-from hstu_lab.widgets.base import EDGE, STYLE, Explorer, Figure, source_line
+from hstu_lab.widgets.base import EDGE, STYLE, Explorer, Figure, plain_log, source_line
 
 OUTCOMES = {"answered": "#0072b2", "refused (429)": "#e69f00", "too late (504)": "#d55e00", "other errors": "#444444"}
 _LINES = {"p50_ms": "#56b4e9", "p95_ms": "#0072b2", "p99_ms": "#d55e00"}
@@ -41,7 +41,7 @@ def load_curve(rows: Sequence[dict], limit_ms: float, knee: float, chosen: float
             ylabel="ms, answers",
             title=f"the knee at p99 ≤ {limit_ms:.0f} ms: {knee:.4g}/s",
         )
-        left.yaxis.set_major_formatter("{x:.0f}")
+        plain_log(left.yaxis)
         left.legend(frameon=False, fontsize=9)
         bottom, position = [0.0] * len(rows), range(len(rows))
         for name, colour in OUTCOMES.items():

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import ipywidgets
 import matplotlib
 
-from hstu_lab.widgets.base import EDGE, STYLE, Explorer, Figure
+from hstu_lab.widgets.base import EDGE, STYLE, Explorer, Figure, plain_log
 
 PREFILL, DECODE, EMPTY, WAITING = "#56b4e9", "#0072b2", "#e69f00", "#d55e00"
 
@@ -61,7 +61,8 @@ def serving_steps(steps: Sequence[Sequence[int]], milliseconds: Mapping[str, flo
 def replica_table(table: Mapping[str, Mapping[str, Mapping]], source: str, wanted: float = 4000) -> Figure:
     """Requests/s of engines that share a GPU: table is the record's {cell: {"engines": ..., "null": ..., "half": ...}}.
 
-    Left the peak (the null model's, where measured, as a tick: what the host alone allows), right p50 and p99 at half of it.
+    Beside a warm cell stands the share of its tokens that vLLM found cached: whole blocks. Left the peak (the null model's, where
+    measured, as a tick: what the host alone allows), right p50 and p99 at half of it.
     """
     cells = sorted(table, key=lambda cell: ("slate" in cell, int(cell.split("history=")[1].split()[0]), "warm" in cell))
     with matplotlib.rc_context(STYLE):
@@ -82,7 +83,8 @@ def replica_table(table: Mapping[str, Mapping[str, Mapping]], source: str, wante
                 va="center",
                 fontsize=8,
             )
-        left.set_yticks(rows, cells)
+        found = [table[cell]["engines"].get("cached") for cell in cells]
+        left.set_yticks(rows, [f"{cell} (found: {share:.0%})" if share else cell for cell, share in zip(cells, found)])
         left.set(xlabel=f"requests/s (dashed: {wanted:,.0f})", title="Peak, closed loop")
         half = [table[cell].get("half", {}) if rate else {} for cell, rate in zip(cells, rates)]
         for name, colour in (("p99 s", WAITING), ("p50 s", DECODE)):
@@ -90,6 +92,7 @@ def replica_table(table: Mapping[str, Mapping[str, Mapping]], source: str, wante
             right.plot([x for _, x in seen], [row for row, _ in seen], "o", color=colour, label=name[:3])
         right.axvline(200, color="#444444", linestyle="--", linewidth=1)
         right.set_xscale("log")
+        plain_log(right.xaxis)
         right.set(xlabel="ms (dashed: 200)", title="At half the peak, open loop")
         right.invert_yaxis()
         right.legend(frameon=False, fontsize=9)
