@@ -42,7 +42,8 @@ KERNELS_FOR = 90
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One engine. `loose`: the graph is float32 beside its Q/DQ, and TensorRT 8.6 may choose fp16 where that is quicker.
-    `fused`: attention and gated norm are kernels of ours inside the engine, compiled for `KERNELS_FOR`."""
+    `fused`: attention and gated norm are kernels of ours inside the engine, compiled for `KERNELS_FOR`; `whole`: projections too.
+    """
 
     part: str
     precision: str
@@ -72,12 +73,9 @@ class Case:
 
 RANKED = (1, 2, 4, 8)
 CASES = (
-    *(Case("stack", "fp16", 512, loose=True, fused=each) for each in ("tma", "all")),
-    Case("ranker", "fp16", 512, loose=True, fused="tma"), Case("stack", "fp16", 512, fused="tma"),
-    Case("stack", "int8", 512, fused="tma"),
-    *(Case("stack", "fp16", 512, loose=loose, fused="fused") for loose in (True, False)),
-    *(Case("stack", "int8", 512, loose=loose, fused="fused") for loose in (True, False)),
-    *(Case("ranker", "fp16", 512, loose=loose, fused="fused") for loose in (True, False)),
+    *(Case("stack", precision, 512, loose=True, fused="fused") for precision in ("fp16", "int8")),
+    *(Case(part, "fp16", 512, loose=True, fused=how) for part, how in (("ranker", "fused"), ("stack", "whole"))),
+    *(Case("stack", precision, 512, fused="fused") for precision in ("fp16", "int8")),
     Case("encoder", "fp16", 512, loose=True), Case("encoder", "fp16", 512),
     Case("stack", "fp16", 512, loose=True), Case("stack", "fp16", 512),
     Case("ranker", "fp16", 512, RANKED), Case("ranker", "fp16", 512, RANKED, loose=True),
@@ -181,17 +179,15 @@ def export(folder: pathlib.Path, cases=CASES, config=None) -> None:
             made = onnx_precision.convert(plain, scales if case.precision == "int8" else None, halves)
             onnx.helper.set_model_props(made, {"part": part, "length": str(length)})
             for file, batch in {case.file_for(batch): batch for batch in case.batches}.items():
-                whole = tensorrt_kernels.fuse(made, KERNELS_FOR, batch, halves, fused != "fused") if fused else made
+                whole = tensorrt_kernels.fuse(made, KERNELS_FOR, batch, halves) if fused else made
                 (folder / file).write_bytes(whole.SerializeToString())
         print(f"{part} {length}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def _fused(part: str, model, fused):
+def _fused(part: str, model, fused: str):
     from hstu_lab.tensorrt_parts import FusedRankerPart, FusedStackPart
 
-    made = {"stack": FusedStackPart, "ranker": FusedRankerPart}[part](model).eval()
-    made.linear = fused == "all"
-    return made
+    return {"stack": FusedStackPart, "ranker": FusedRankerPart}[part](model, projections=fused == "whole").eval()
 
 
 def all_weights(config=None) -> dict[str, np.ndarray]:

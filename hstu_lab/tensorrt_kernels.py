@@ -109,7 +109,6 @@ class Sizes:
     position: bool
     time: int
     candidates: bool
-    tma: bool = True
 
     @property
     def bias(self) -> RelativeBias | None:
@@ -133,7 +132,7 @@ def attention_kernel(sizes: Sizes, capability: int) -> Kernel:
     """The fused attention of `hstu_lab.ops.triton_attention` in float16."""
     tiles, plan = sizes.tiles(capability), sizes.plan(capability)
     d_pad = max(16, triton.next_power_of_2(sizes.d))
-    tma = sizes.tma and tiles.tma and capability >= 90 and d_pad == sizes.d
+    tma = tiles.tma and capability >= 90 and d_pad == sizes.d
     boxes = dict.fromkeys(("KTiles", "VTiles"), (tiles.block_n, sizes.d)) if tma else {}
     absent = [] if tma else ["KTiles", "VTiles"]
     absent += [] if sizes.time else ["Relative", "FastTiles", "Ordered", "Lowest", "Bounds", "Steps", "Lut"]
@@ -221,13 +220,13 @@ def bias_tables(sizes: Sizes, capability: int, position: np.ndarray, time: np.nd
 # ---- the graph
 
 
-def fuse(model: onnx.ModelProto, capability: int = 90, batch: int = 8, halves: bool = False, tma: bool = True) -> onnx.ModelProto:
-    """A copy in which `HstuAttention` and `NormGate` are kernels compiled for `capability`, tiled for `batch` sequences.
+def fuse(model: onnx.ModelProto, capability: int = 90, batch: int = 8, halves: bool = False) -> onnx.ModelProto:
+    """A copy in which the nodes of `hstu_lab.tensorrt_parts` are kernels compiled for `capability`, tiled for `batch` sequences.
 
     `halves` puts a cast to float16 before each; without, the engine must choose float16 there by itself (TensorRT 8). Raises
     FuseError for a graph that `hstu_lab.tensorrt_parts` did not trace.
     """
-    edit = _Fuser(model, capability, batch, halves, tma)
+    edit = _Fuser(model, capability, batch, halves)
     for node in list(edit.graph.node):
         if node.domain != DOMAIN:
             edit.nodes.append(node)
@@ -249,9 +248,9 @@ def fuse(model: onnx.ModelProto, capability: int = 90, batch: int = 8, halves: b
 
 
 class _Fuser(Editor):
-    def __init__(self, model: onnx.ModelProto, capability: int, batch: int, halves: bool, tma: bool):
+    def __init__(self, model: onnx.ModelProto, capability: int, batch: int, halves: bool):
         super().__init__(model)
-        self.capability, self.batch, self.halves, self.tma = capability, batch, halves, tma
+        self.capability, self.batch, self.halves = capability, batch, halves
         self.made = {name: node for node in self.graph.node for name in node.output}
         self.shapes = {
             value.name: [dim.dim_value or dim.dim_param for dim in value.type.tensor_type.shape.dim]
@@ -316,7 +315,7 @@ class _Fuser(Editor):
         position_table, time_table = (self.weights[name] if name else None for name in (position, time))
         sizes = Sizes(
             length=length, heads=heads, d=d, batch=self.batch, num_context=wanted["num_context"], position=bool(position),
-            time=time_table.shape[1] if time else 0, candidates=bool(candidates), tma=self.tma,
+            time=time_table.shape[1] if time else 0, candidates=bool(candidates),
         )  # fmt: skip
         kernel, plan = attention_kernel(sizes, self.capability), sizes.plan(self.capability)
         offsets = self.constant(f"offsets_{length}", (np.arange(MOST_ROWS + 1) * length).view(np.int32))

@@ -15,6 +15,7 @@ from onnx.reference.op_run import OpRun
 from torch import Tensor
 
 from hstu_lab.config import ModelConfig
+from hstu_lab.model import HSTU
 from hstu_lab.onnx_parts import RankerPart, StackPart
 from hstu_lab.ops import reference
 
@@ -22,19 +23,23 @@ DOMAIN = "hstu_lab"
 
 
 class FusedStackPart(StackPart):
-    """`StackPart` with two nodes of our own a layer. Padding behind a history is computed and read by nobody."""
+    """`StackPart` with two nodes of ours a layer, with `projections` four. Padding is computed, and read by nobody."""
 
-    linear = False
+    def __init__(self, model: HSTU, projections: bool = False):
+        super().__init__(model)
+        self.projections = projections
 
     def forward(self, x: Tensor, times: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, N, d_model), times (B, N) seconds, lengths (B,) -> logits (B, num_items), hidden (B, d_model)."""
-        return self.last(_run(self.stack, x, times, None, self.linear), lengths)
+        return self.last(_run(self.stack, x, times, None, self.projections), lengths)
 
 
 class FusedRankerPart(RankerPart):
     """`RankerPart` likewise. A history and its candidates are moved together first: what follows a history are candidates."""
 
-    linear = False
+    def __init__(self, model: HSTU, projections: bool = False):
+        super().__init__(model)
+        self.projections = projections
 
     def forward(self, x_history: Tensor, x_candidates: Tensor, times: Tensor, lengths: Tensor) -> Tensor:
         """x_history (B, N, d_model), x_candidates (B, C, d_model), times (B, N), lengths (B,) -> (B, C, 3)."""
@@ -44,17 +49,18 @@ class FusedRankerPart(RankerPart):
         source = torch.where(row < end, row, (row - end + num_history).clamp(max=total - 1))
         now = times.gather(1, (end - 1).clamp(min=0)).expand(-1, count)
         x = torch.cat([x_history, x_candidates], dim=1).gather(1, source.unsqueeze(2).expand(-1, -1, d))
-        x = _run(self.stack, x, torch.cat([times, now], dim=1).gather(1, source), total - lengths, self.linear)
+        x = _run(self.stack, x, torch.cat([times, now], dim=1).gather(1, source), total - lengths, self.projections)
         ranked = (row[:, :count] + end).unsqueeze(2).expand(-1, -1, d)
         return self.scores(x.gather(1, ranked))
 
 
-def _run(stack, x: Tensor, times: Tensor, candidates: Tensor | None, linear: bool) -> Tensor:
+def _run(stack, x: Tensor, times: Tensor, candidates: Tensor | None, projections: bool) -> Tensor:
     """All layers, without the last norm; the last candidates (B,) rows of a sequence are candidates."""
     config: ModelConfig = stack.config
+    times = times - times[:, :1]  # differences count; an old TensorRT keeps seconds in 32 bits
     ops = types.SimpleNamespace(**vars(reference))
     ops.norm_gate = _norm_gate
-    if linear:
+    if projections:
         ops.project_silu, ops.project_residual = _project_silu, _project_residual
 
     def attend(_, q, k, v, bias):
