@@ -86,7 +86,7 @@ def compile_kernel(kernel, constants: dict, options: dict, capability: int, boxe
     aligned = [name for name, kind in signature.items() if kind.startswith("*") or (name in _ALIGNED and kind == "i32")]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
-    options = {name: value for name, value in options.items() if value is not None}
+    options = {"enable_fp_fusion": True} | {name: value for name, value in options.items() if value is not None}
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     if made.metadata.global_scratch_size:
         raise FuseError(f"{kernel.__name__} wants scratch memory, which a plugin has none of: use other tiles")
