@@ -33,6 +33,16 @@ class FusedStackPart(StackPart):
         """x (B, N, d_model), times (B, N) seconds, lengths (B,) -> logits (B, num_items), hidden (B, d_model)."""
         return self.last(_run(self.stack, x, times, None, self.projections), lengths)
 
+    def last(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """`StackPart.last` in products: a row picked by 0 and 1 needs no index for each of its columns, and the norm is not
+        `ReduceL2`, which TensorRT 8.6 misreads."""
+        position = torch.arange(x.shape[1], device=x.device)
+        picked = (position == (lengths - 1).unsqueeze(1)).to(x.dtype).unsqueeze(1)
+        norm = self.stack.final_norm
+        last = reference.layer_norm((picked @ x).squeeze(1), norm.weight, norm.bias, norm.eps)
+        length = (last.unsqueeze(1) @ last.unsqueeze(2)).squeeze(2).sqrt().clamp(min=1e-12)
+        return last / (length * self.stack.config.temperature) @ self.item_matrix.t() + self.shift, last
+
 
 class FusedRankerPart(RankerPart):
     """`RankerPart` likewise. A history and its candidates are moved together first: what follows a history are candidates."""
