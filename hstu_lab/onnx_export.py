@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import logging
 import pathlib
 import shutil
@@ -149,9 +150,11 @@ def convert_folder(
     for part, proto in protos.items():
         scales = None
         if precision == "int8":
-            scales = onnx_precision.quiet_steps(onnx_precision.calibrate(proto, batches[part]))
+            ranges = onnx_precision.calibrate(proto, batches[part])
+            scales = onnx_precision.quiet_steps(ranges)
             if part == "stack":
                 scales.pop(onnx_precision.quantisable(proto)[-1], None)
+            scales = onnx_precision.settle(proto, ranges, scales, _short_and_long(part, batches[part]))
         converted = onnx_precision.convert(proto, scales)
         said = {"precision": precision} | ({"calibration": f"{len(histories)} histories {_digest(histories)}"} if scales else {})
         kept = {entry.key: entry.value for entry in proto.metadata_props}
@@ -347,6 +350,18 @@ def calibration_batches(model: HSTU, models: OnnxModels, histories: Sequence[Seq
         ranked = {"x_history": known["x"], "x_candidates": best["x"], "times": known["times"], "lengths": known["lengths"]}
         batches["ranker"].append(ranked)
     return batches
+
+
+def _short_and_long(part: str, batches: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """Some of a part's calibration batches whole, and others cut to their first few events."""
+    cut = []
+    for batch, most in zip(batches, itertools.cycle((None, 1, None, 2, None, 4, None, 9))):
+        dims = {name: INPUTS[part][name][1] for name in batch}
+        short = {name: values[:, :most] if "length" in dims[name] else values for name, values in batch.items()}
+        if "lengths" in short:
+            short["lengths"] = np.full_like(short["lengths"], short["times"].shape[1])
+        cut.append(short)
+    return cut[:32]
 
 
 def history_inputs(model: HSTU, tokens: Tensor, offsets: Tensor) -> dict[str, Tensor]:

@@ -37,18 +37,21 @@ class StackPart(nn.Module):
 
     def forward(self, x: Tensor, times: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, N, d_model), times (B, N) seconds, lengths (B,) -> logits (B, num_items), hidden (B, d_model)."""
-        config = self.stack.config
-        history = _History(config, self.buckets, times, lengths)
+        history = _History(self.stack.config, self.buckets, times, lengths)
 
         def attend(_, q, k, v, bias):
             return history.attend(*_heads_first(q, k, v), bias).movedim(0, 2)
 
         for layer in self.stack.layers:
             x = layer(x, attend)
+        return self.last(x, lengths)
+
+    def last(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and hidden state of each history's last event from the layers' output x (B, N, d_model)."""
         end = (lengths - 1).view(-1, 1, 1).expand(-1, 1, x.shape[2])
         last = _norm(self.stack, x.gather(1, end).squeeze(1))
         length = last.norm(dim=-1, keepdim=True).clamp(min=1e-12)  # F.normalize, without its expansion
-        return last / (length * config.temperature) @ self.item_matrix.t() + self.shift, last
+        return last / (length * self.stack.config.temperature) @ self.item_matrix.t() + self.shift, last
 
 
 class RankerPart(nn.Module):
@@ -73,7 +76,11 @@ class RankerPart(nn.Module):
         x = torch.cat([x_history, x_candidates], dim=1)
         for layer in self.stack.layers:
             x = layer(x, attend)
-        return self.heads(_norm(self.stack, x[:, num_history:])).sigmoid()
+        return self.scores(x[:, num_history:])
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Task probabilities (B, C, 3) from the layers' output for candidates, x (B, C, d_model)."""
+        return self.heads(_norm(self.stack, x)).sigmoid()
 
 
 class TimeBuckets(nn.Module):

@@ -20,6 +20,8 @@ MASKED = -(2.0**15)
 """Logit, inside the files, of an id that names no item: finite in every precision, far below any cosine / temperature."""
 MOST_NOISE = 0.02
 """Products whose input int8 would blur by more than this stay fp16: gated sums have few values far out that stretch the step."""
+MOST_ERROR = 0.025
+"""Largest error of a part's outputs, relative to the largest value of each, that its own int8 products may cause."""
 
 _SAMPLED = 200_000
 
@@ -219,20 +221,18 @@ class Range:
     noise: float
 
 
-def watch(model: onnx.ModelProto, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def watch(model: onnx.ModelProto, batches: Iterable[Mapping[str, np.ndarray]], own: Sequence[type] = ()) -> dict[str, np.ndarray]:
     """Magnitudes (n,) of all that passes through each of `quantisable`'s tensors when the fp32 model runs on `batches`.
 
-    Give batches without padding: it would count as well. Raises ValueError where there are none.
+    Give batches without padding: it would count as well. `own`: the operators of ours in it, which only ONNX's reference
+    evaluator runs. Raises ValueError where there are no batches.
     """
-    import onnxruntime
 
     names = quantisable(model)
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
     watched.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(watched.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = _session(watched, own)
     seen: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for batch in batches:
         for name, values in zip(names, session.run(names, dict(batch))):
@@ -242,14 +242,49 @@ def watch(model: onnx.ModelProto, batches: Iterable[Mapping[str, np.ndarray]]) -
     return {name: np.concatenate(values) for name, values in seen.items()}
 
 
-def calibrate(model: onnx.ModelProto, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, Range]:
-    """The int8 range of each of `quantisable`'s tensors, from batches as `watch` wants them."""
-    return {name: best_range(values) for name, values in watch(model, batches).items()}
+def _session(model: onnx.ModelProto, own: Sequence[type] = ()):
+    if own:
+        from onnx.reference import ReferenceEvaluator
+
+        return ReferenceEvaluator(model, new_ops=list(own))
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def calibrate(model: onnx.ModelProto, batches: Iterable[Mapping[str, np.ndarray]], own: Sequence[type] = ()) -> dict[str, Range]:
+    """The int8 range of each of `quantisable`'s tensors, from batches and operators as `watch` wants them."""
+    return {name: best_range(values) for name, values in watch(model, batches, own).items()}
 
 
 def quiet_steps(ranges: Mapping[str, Range], most: float = MOST_NOISE) -> dict[str, float]:
     """Steps of the tensors that int8 blurs by no more than `most`; the others' products stay fp16."""
     return {name: found.step for name, found in ranges.items() if found.noise <= most}
+
+
+def settle(
+    model: onnx.ModelProto, ranges: Mapping[str, Range], steps: Mapping[str, float], batches: Sequence[Mapping[str, np.ndarray]]
+) -> dict[str, float]:
+    """Those of `steps` that keep the part's outputs on `batches` within `MOST_ERROR` of the fp32 model's.
+
+    While they do not, the noisiest product goes back to fp16. What a little noise does at the end depends on what lies between:
+    a norm over a short history's small sums makes much of it.
+    """
+    kept, run = dict(steps), _session(model)
+    truth = [run.run(None, dict(batch)) for batch in batches]
+    while kept:
+        run = _session(convert(model, kept))
+        pairs = ((run.run(None, dict(batch)), outputs) for batch, outputs in zip(batches, truth))
+        worst = [
+            np.array([(np.abs(a - b)[b > MASKED / 2].max(), np.abs(b)[b > MASKED / 2].max()) for a, b in zip(*p)]) for p in pairs
+        ]
+        off, largest = np.max(worst, axis=0).T
+        if (off <= MOST_ERROR * largest).all():
+            break
+        del kept[max(kept, key=lambda name: ranges[name].noise)]
+    return kept
 
 
 def best_range(magnitudes: np.ndarray) -> Range:

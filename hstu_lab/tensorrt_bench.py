@@ -6,7 +6,8 @@
     python -m hstu_lab.tensorrt_bench expected FOLDER   # outputs in PyTorch's fp32; a GPU
     python -m hstu_lab.tensorrt_bench torch FOLDER      # PyTorch's times; a GPU
     python -m hstu_lab.tensorrt_bench engines FOLDER    # engines, their errors and times; a GPU, TensorRT, no PyTorch
-    python -m hstu_lab.tensorrt_bench record FOLDER     # both as one record in data/measured
+    python -m hstu_lab.tensorrt_bench kernels FOLDER    # kernels of one run, from Nsight Compute's tables in FOLDER
+    python -m hstu_lab.tensorrt_bench record FOLDER     # all as one record in data/measured
 
 Two processes, because TensorRT 8.6 and PyTorch may need two Pythons; what they share lies in FOLDER. Weights are random, made
 from their names, so that both have the same ones. Results are kept case by case: a time limit costs the rest only.
@@ -15,6 +16,7 @@ from their names, so that both have the same ones. Results are kept case by case
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import json
 import os
@@ -33,27 +35,36 @@ CANDIDATES = 512
 OUTPUTS = {"encoder": ("x",), "stack": ("logits", "hidden"), "ranker": ("probabilities",)}
 BATCHES = (1, 8)
 WORKSPACE = 16 << 30
+KERNELS_FOR = 90
+"""Compute capability of the GPU that the fused cases are for."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One engine. `loose`: the graph is float32 beside its Q/DQ, and TensorRT 8.6 may choose fp16 where that is quicker."""
+    """One engine. `loose`: the graph is float32 beside its Q/DQ, and TensorRT 8.6 may choose fp16 where that is quicker.
+    `fused`: attention and gated norm are kernels of ours inside the engine, compiled for `KERNELS_FOR`; `whole`: projections too.
+    """
 
     part: str
     precision: str
     length: int
     batches: tuple[int, ...] = BATCHES
     loose: bool = False
+    fused: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.part}-{self.precision}{'-loose' * self.loose}-{self.length}"
+        return f"{self.part}-{self.precision}{'-loose' * self.loose}{'-' * bool(self.fused)}{self.fused}-{self.length}"
 
     @property
     def file(self) -> str:
         """Name of its ONNX file: the loose fp16 engine and the fp32 one are made from the same."""
         same = self.loose and self.precision == "fp16"
         return f"{(dataclasses.replace(self, precision='fp32', loose=False) if same else self).name}.onnx"
+
+    def file_for(self, batch: int) -> str:
+        """The same for one batch: kernels of ours are cut into tiles for a number of histories."""
+        return f"{self.name}-b{batch}.onnx" if self.fused else self.file
 
     def data(self, folder: pathlib.Path, batch: int) -> pathlib.Path:
         """Inputs and expected outputs, of whatever precision."""
@@ -62,11 +73,15 @@ class Case:
 
 RANKED = (1, 2, 4, 8)
 CASES = (
+    *(Case("stack", precision, 512, loose=True, fused="fused") for precision in ("fp16", "int8")),
+    *(Case(part, "fp16", 512, loose=True, fused=how) for part, how in (("ranker", "fused"), ("stack", "whole"))),
+    *(Case("stack", precision, 512, fused="fused") for precision in ("fp16", "int8")),
     Case("encoder", "fp16", 512, loose=True), Case("encoder", "fp16", 512),
     Case("stack", "fp16", 512, loose=True), Case("stack", "fp16", 512),
     Case("ranker", "fp16", 512, RANKED), Case("ranker", "fp16", 512, RANKED, loose=True),
     Case("stack", "int8", 512), Case("stack", "int8", 512, loose=True),
     Case("ranker", "int8", 512, RANKED), Case("ranker", "int8", 512, RANKED, loose=True), Case("encoder", "int8", 512),
+    *(Case("stack", "fp16", n, loose=True, fused="fused") for n in (256, 1024, 128, 64, 2048)),
     *(Case("stack", "fp16", n, loose=loose) for n in (256, 1024, 128, 64, 2048) for loose in (False, True)),
     Case("stack", "fp32", 512), Case("ranker", "fp32", 512, (1,)), Case("encoder", "fp32", 512),
 )  # fmt: skip
@@ -144,26 +159,35 @@ def export(folder: pathlib.Path, cases=CASES, config=None) -> None:
     import onnx
     import torch
 
-    from hstu_lab import onnx_export, onnx_precision
+    from hstu_lab import onnx_export, onnx_precision, tensorrt_kernels
+    from hstu_lab.tensorrt_parts import REFERENCE
 
-    config, parts, _ = make_parts(config)
-    for part, length in dict.fromkeys((case.part, case.length) for case in cases):
+    config, parts, model = make_parts(config)
+    for part, length, fused in dict.fromkeys((case.part, case.length, case.fused) for case in cases):
         start, sizes = time.perf_counter(), {"length": length, "candidates": CANDIDATES}
         with torch.no_grad():
-            program = onnx_export.trace(part, parts[part], config, sizes)
+            program = onnx_export.trace(part, _fused(part, model, fused) if fused else parts[part], config, sizes)
         plain = onnx_precision.fold_indices(program.model_proto)
         scales = None
-        for case in (case for case in cases if (case.part, case.length) == (part, length)):
+        for case in (case for case in cases if (case.part, case.length, case.fused) == (part, length, fused)):
             if case.precision == "int8" and scales is None:
-                seen = onnx_precision.calibrate(plain, [make_inputs(case, 3, config, True)])
+                seen = onnx_precision.calibrate(plain, [make_inputs(case, 3, config, True)], REFERENCE if fused else ())
                 scales = onnx_precision.quiet_steps(seen)
                 if part == "stack":
                     scales.pop(onnx_precision.quantisable(plain)[-1], None)
             halves = case.precision != "fp32" and not case.loose
             made = onnx_precision.convert(plain, scales if case.precision == "int8" else None, halves)
             onnx.helper.set_model_props(made, {"part": part, "length": str(length)})
-            (folder / case.file).write_bytes(made.SerializeToString())
+            for file, batch in {case.file_for(batch): batch for batch in case.batches}.items():
+                whole = tensorrt_kernels.fuse(made, KERNELS_FOR, batch, halves) if fused else made
+                (folder / file).write_bytes(whole.SerializeToString())
         print(f"{part} {length}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def _fused(part: str, model, fused: str):
+    from hstu_lab.tensorrt_parts import FusedRankerPart, FusedStackPart
+
+    return {"stack": FusedStackPart, "ranker": FusedRankerPart}[part](model, projections=fused == "whole").eval()
 
 
 def all_weights(config=None) -> dict[str, np.ndarray]:
@@ -180,8 +204,8 @@ def expected(folder: pathlib.Path, cases=CASES, config=None) -> None:
     config, parts, model = make_parts(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = False
-    model.to(device)
-    parts["stack"].to(device)
+    for module in (model, *parts.values()):
+        module.to(device)
     batches: dict[Case, set[int]] = {}
     for case in cases:
         batches.setdefault(Case(case.part, "fp32", case.length), set()).update(case.batches)
@@ -242,7 +266,7 @@ def _cache(folder: pathlib.Path):
 
 
 def _fixed(folder: pathlib.Path, case: Case, batch: int) -> pathlib.Path:
-    return folder / f"{case.file.removesuffix('.onnx')}-b{batch}.onnx"
+    return folder / f"{case.file_for(batch).removesuffix('.onnx')}-b{batch}.onnx"
 
 
 def _request(folder: pathlib.Path, case: Case, batch: int, effort: int | None = None):
@@ -253,7 +277,7 @@ def _request(folder: pathlib.Path, case: Case, batch: int, effort: int | None = 
 
     path = _fixed(folder, case, batch)
     if not path.exists():
-        model = onnx.load(str(folder / case.file))
+        model = onnx.load(str(folder / case.file_for(batch)))
         for value in (*model.graph.input, *model.graph.output):
             dim = value.type.tensor_type.shape.dim[0]
             if dim.dim_param:
@@ -292,6 +316,21 @@ def once(folder: pathlib.Path, cases=CASES, effort: int | None = None) -> None:
             with Engine(_cache(folder).get(_request(folder, case, batch, effort), progress=False)) as engine:
                 types = {spec.name: spec.dtype for spec in engine.header.inputs}
                 engine.infer({k: v.astype(types[k]) for k, v in make_inputs(case, batch, preset("gr-3b"), True).items()})
+
+
+def kernels(folder: pathlib.Path) -> None:
+    """Seconds of each kernel of one run, by name, longest first, from what Nsight Compute said of step `once`, which is
+    `ncu --csv --metrics gpu__time_duration.sum python -m hstu_lab.tensorrt_bench once ... > "FOLDER/ncu-CASE b8 effort 2.csv"`.
+    """
+    results = Results(folder / "ncu.jsonl")
+    for path in sorted(folder.glob("ncu-*.csv")):
+        spent: dict[str, float] = {}
+        for row in csv.DictReader(line for line in path.read_text().splitlines() if line.startswith('"')):
+            seconds = float(row["Metric Value"].replace(",", "")) * {"ns": 1e-9, "us": 1e-6}[row["Metric Unit"]]
+            spent[row["Kernel Name"][:160]] = spent.get(row["Kernel Name"][:160], 0.0) + seconds
+        if spent:
+            longest = dict(sorted(spent.items(), key=lambda kv: -kv[1])[:20])
+            results.add(name=f"{path.stem.removeprefix('ncu-')} kernels", kernels=longest, all_kernels=sum(spent.values()))
 
 
 def _is_built(folder: pathlib.Path, case: Case, batch: int) -> bool:
@@ -386,8 +425,8 @@ def record(folder: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    steps = ("export", "strip", "fill", "expected", "compile", "torch", "onnxruntime", "build", "engines", "once", "record")
-    parser.add_argument("step", choices=steps)
+    steps = ("export", "strip", "fill", "expected", "compile", "torch", "onnxruntime", "build", "engines", "once", "kernels")
+    parser.add_argument("step", choices=(*steps, "record"))
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("to", type=pathlib.Path, nargs="?", help="steps strip and fill: where to write")
     parser.add_argument("--only", default="", help="cases (steps compile and torch: parts) whose names match this")
@@ -396,7 +435,7 @@ def main() -> None:
     parser.add_argument("--built", action="store_true", help="step engines: only those that have been built already")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further engine after so long")
     parser.add_argument("--name", default="tensorrt", help="step engines: results go to NAME.jsonl")
-    parser.add_argument("--modes", nargs="+", default=["eager", "torch.compile"], help="steps compile and torch")
+    parser.add_argument("--modes", nargs="+", default=["Triton ops", "eager", "torch.compile"], help="steps compile and torch")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     cases = [
@@ -410,6 +449,8 @@ def main() -> None:
         export(options.folder, cases)
     elif options.step == "engines":
         engines(options.folder, cases, options.seconds, options.name, options.built, options.effort)
+    elif options.step == "kernels":
+        kernels(options.folder)
     elif options.step in ("build", "once"):
         {"build": build, "once": once}[options.step](options.folder, cases, options.effort)
     elif options.step in ("compile", "torch", "onnxruntime"):

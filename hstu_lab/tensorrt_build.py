@@ -163,7 +163,8 @@ def build(request: Request, *, progress: Progress = True) -> tuple[Header, bytes
     """
     library, started = request.library, time.perf_counter()
     data, model = request.onnx.read_bytes(), _read_onnx(request.onnx)
-    graph = model.graph
+    graph, metadata = model.graph, onnx_metadata(request.onnx)
+    take_kernels(request.onnx, metadata, library, request.target)
     with library.listening() as said:
         trt = library.trt
         builder = trt.Builder(library.logger)
@@ -197,9 +198,19 @@ def build(request: Request, *, progress: Progress = True) -> tuple[Header, bytes
             onnx=hashlib.sha256(data).hexdigest(), structure=structure_hash(request.onnx), inputs=inputs,
             outputs=outputs, profiles=request.profiles, workspace=request.workspace,
             tf32=request.tf32, refittable=request.refit, layers=network.num_layers,
-            seconds=round(time.perf_counter() - started, 2), metadata=onnx_metadata(request.onnx),
+            seconds=round(time.perf_counter() - started, 2), metadata=metadata,
         )  # fmt: skip
         return header, bytes(memoryview(plan))
+
+
+def take_kernels(path: pathlib.Path, metadata: Mapping[str, str], library: Library, target: str) -> None:
+    """Make `library` know the compiled kernels that a file says it holds. Raises BuildError where they are for another GPU."""
+    if kernels := metadata.get("kernels"):
+        if kernels != target:
+            raise BuildError(f"{path}: holds kernels compiled for {kernels}, the engine is for {target}; export it for {target}")
+        from hstu_lab.tensorrt_plugin import register
+
+        register(library)
 
 
 def _spec(tensor) -> TensorSpec:

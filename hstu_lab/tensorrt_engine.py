@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from hstu_lab.cuda_memory import DeviceArray, Graph, call
-from hstu_lab.tensorrt_build import BuildError, EngineCache, Request, check_refit, file_hash, onnx_metadata
+from hstu_lab.tensorrt_build import BuildError, EngineCache, Request, check_refit, file_hash, onnx_metadata, take_kernels
 from hstu_lab.tensorrt_library import EngineError, LibraryMissing, NoGpu, find_library, gpu_name, gpu_target
 from hstu_lab.tensorrt_plan import InputError, StaleEngine, read_engine, write_engine
 
@@ -56,6 +56,7 @@ class Engine:
             raise NoGpu(
                 f"{self.path}: running an engine needs an NVIDIA GPU, none is visible; use ONNX Runtime for the same file"
             )
+        take_kernels(self.path, self.header.metadata, self.library, target)
         with self.library.listening() as said:
             self._runtime = self.library.trt.Runtime(self.library.logger)
             self._engine = self._runtime.deserialize_cuda_engine(plan)

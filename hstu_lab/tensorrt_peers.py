@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import collections
+import copy
+import itertools
 import pathlib
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from hstu_lab import tensorrt_bench as bench
 from hstu_lab.measure import measure
@@ -15,6 +19,7 @@ from hstu_lab.measure import measure
 LENGTH = 512
 WORK = (("stack", 1), ("stack", 8), ("ranker", 1), ("ranker", 8), ("encoder", 1), ("encoder", 8))
 MODES = {"eager": None, "torch.compile": "default", "torch.compile max-autotune": "max-autotune-no-cudagraphs"}
+TRITON = "Triton ops"
 
 
 class Peers:
@@ -23,8 +28,8 @@ class Peers:
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
         config, self.parts, model = bench.make_parts()
-        model.cuda().half()
-        self.parts["stack"].cuda().half()
+        for module in (model, *self.parts.values()):
+            module.cuda().half()
         self.config = config
 
     def feed(self, part: str, batch: int, full: bool = True) -> dict[str, torch.Tensor]:
@@ -32,24 +37,51 @@ class Peers:
         tensors = {name: torch.from_numpy(value).cuda() for name, value in given.items()}
         return {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
 
-    def compiled(self, part: str, mode: str | None):
-        return self.parts[part] if mode is None else torch.compile(self.parts[part], mode=mode, dynamic=False)
+    def runner(self, part: str, mode: str) -> Callable[[dict[str, torch.Tensor]], Callable[[], tuple | torch.Tensor]]:
+        """A function of the inputs that gives what is to be timed."""
+        if mode == TRITON:
+            return {"stack": self._triton_stack, "ranker": self._triton_ranker}[part]
+        module = self.parts[part]
+        if MODES[mode] is not None:
+            module = torch.compile(module, mode=MODES[mode], dynamic=False)
+        return lambda feed: lambda: module(**feed)
+
+    def _triton_stack(self, feed: dict[str, torch.Tensor]):
+        part, lengths = self.parts["stack"], feed["lengths"].tolist()
+        stack, offsets = _with_triton(part.stack), _offsets(lengths)
+        x, times = (torch.cat([row[:n] for row, n in zip(feed[name], lengths)]) for name in ("x", "times"))
+
+        def run():
+            hidden = stack.jagged(x, offsets, times, max_len=LENGTH)[offsets[1:] - 1]
+            logits = F.normalize(hidden, dim=-1) @ part.item_matrix.t() / self.config.temperature + part.shift
+            return logits, hidden
+
+        return run
+
+    def _triton_ranker(self, feed: dict[str, torch.Tensor]):
+        part, lengths, count = self.parts["ranker"], feed["lengths"].tolist(), bench.CANDIDATES
+        stack, offsets = _with_triton(part.stack), _offsets([n + count for n in lengths])
+        rows = zip(feed["x_history"], feed["x_candidates"], feed["times"], lengths)
+        pieces = [(torch.cat([h[:n], c]), torch.cat([t[:n], t[n - 1].expand(count)])) for h, c, t, n in rows]
+        x, times = (torch.cat(each) for each in zip(*pieces))
+        number = torch.full((len(lengths),), count, device=x.device)
+        ranked = offsets[1:].unsqueeze(1) - count + torch.arange(count, device=x.device)
+        return lambda: part.heads(stack.jagged(x, offsets, times, number, LENGTH + count)[ranked]).sigmoid()
 
 
 def compile_only(folder: pathlib.Path, modes: list[str], work=WORK) -> None:
-    """Fill PyTorch's compile cache, so that a later run only measures."""
+    """Fill PyTorch's and Triton's compile caches, so that a later run only measures."""
     peers, results = Peers(folder), bench.Results(folder / f"compile-{'-'.join(modes).replace(' ', '-')}.log")
 
     def once(name: str, part: str, batch: int, mode: str) -> None:
         start = time.perf_counter()
         with torch.inference_mode(), torch.autocast("cuda", torch.float16):
-            peers.compiled(part, MODES[mode])(**peers.feed(part, batch))
+            peers.runner(part, mode)(peers.feed(part, batch))()
         torch.cuda.synchronize()
         results.add(name=name, seconds=time.perf_counter() - start)
 
-    for mode in modes:
-        for part, batch in work:
-            results.guarded(f"{part} b{batch} {mode}", once, part, batch, mode)
+    for mode, part, batch in _tasks(modes, work):
+        results.guarded(f"{part} b{batch} {mode}", once, part, batch, mode)
 
 
 def torch_side(folder: pathlib.Path, modes: list[str], work=WORK) -> None:
@@ -57,35 +89,34 @@ def torch_side(folder: pathlib.Path, modes: list[str], work=WORK) -> None:
     peers = Peers(folder)
     results = bench.Results(folder / f"torch-{'-'.join(modes).replace(' ', '-')}.jsonl")
 
-    def timed(name: str, run, part: str = "", batch: int = 0) -> None:
+    def timed(name: str, part: str, batch: int, mode: str) -> None:
+        runner = peers.runner(part, mode)
         with torch.inference_mode(), torch.autocast("cuda", torch.float16):
-            about = {}
-            if part:
-                answer = run(**peers.feed(part, batch, full=False))
-                answer = answer if isinstance(answer, tuple) else (answer,)
-                case = bench.Case(part, "fp16", LENGTH)
-                with np.load(case.data(folder, batch)) as stored:
-                    about["errors"] = {
-                        key: bench.error(a.float().cpu().numpy(), stored[f"expected {key}"])
-                        for key, a in zip(bench.OUTPUTS[part], answer)
-                    }
-            feed = peers.feed(part, batch) if part else {}
-            result = measure(lambda: run(**feed), name=name, cuda_graph=True, repeats=30, min_time=0.3)
-            launched = measure(lambda: run(**feed), name=name, repeats=20, min_time=0.2, device="cuda")
-        results.add(name=name, samples=list(result.samples), calls=result.calls, clock=result.clock, **about)
+            answer = runner(peers.feed(part, batch, full=False))()
+            answer = answer if isinstance(answer, tuple) else (answer,)
+            with np.load(bench.Case(part, "fp16", LENGTH).data(folder, batch)) as stored:
+                errors = {
+                    key: bench.error(a.float().cpu().numpy(), stored[f"expected {key}"])
+                    for key, a in zip(bench.OUTPUTS[part], answer)
+                }
+            run = runner(peers.feed(part, batch))
+            result = measure(run, name=name, cuda_graph=True, repeats=30, min_time=0.3)
+            launched = measure(run, name=name, repeats=20, min_time=0.2, device="cuda")
+        results.add(name=name, samples=list(result.samples), calls=result.calls, clock=result.clock, errors=errors)
         results.add(name=f"{name}, launched", samples=list(launched.samples), calls=launched.calls, clock=launched.clock)
-        results.guarded(f"{name} kernels", kernels, run, feed)
+        results.guarded(f"{name} kernels", kernels, run)
 
-    def kernels(name: str, run, feed) -> None:
+    def kernels(name: str, run) -> None:
         with torch.inference_mode(), torch.autocast("cuda", torch.float16):
-            results.add(name=name, kernels=_kernels(lambda: run(**feed)))
+            results.add(name=name, kernels=_kernels(run))
 
-    for mode in modes:
-        if mode == "eager":
-            for batch in bench.BATCHES:
-                results.guarded(f"stack b{batch} Triton ops", timed, _with_triton(peers, batch))
-        for part, batch in work:
-            results.guarded(f"{part} b{batch} {mode}", timed, peers.compiled(part, MODES[mode]), part, batch)
+    for mode, part, batch in _tasks(modes, work):
+        results.guarded(f"{part} b{batch} {mode}", timed, part, batch, mode)
+
+
+def _tasks(modes: list[str], work) -> list[tuple[str, str, int]]:
+    """(mode, part, batch) of all that can run: the encoder has no operators of ours."""
+    return [(mode, part, batch) for mode in modes for part, batch in work if not (mode == TRITON and part == "encoder")]
 
 
 def _kernels(run) -> dict[str, float]:
@@ -104,26 +135,17 @@ def _kernels(run) -> dict[str, float]:
     return dict(sorted(spent.items(), key=lambda kv: -kv[1])[:20])
 
 
-def _with_triton(peers: Peers, batch: int):
-    """The stack in our Triton operators on the same histories, jagged; logits as in the exported part."""
-    import copy
-
+def _with_triton(stack):
+    """A shallow copy of a stack that runs our Triton operators."""
     from hstu_lab.ops import triton_ops
 
-    part, feed = peers.parts["stack"], peers.feed("stack", batch)
-    stack = copy.copy(part.stack)
+    stack = copy.copy(stack)
     stack.ops = triton_ops
-    offsets = torch.arange(batch + 1, device="cuda") * LENGTH
-    x, times = feed["x"].flatten(0, 1), feed["times"].flatten()
-    config = stack.config
+    return stack
 
-    def attend(_, q, k, v, bias):
-        return triton_ops.attention_jagged(
-            q, k, v, offsets, divisor=config.max_seq_len, bias=bias, times=times, num_context=config.num_context, max_len=LENGTH
-        )
 
-    last = offsets[1:] - 1
-    return lambda: part.logits(stack(x, attend)[last], part.item_matrix)
+def _offsets(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], device="cuda")
 
 
 def onnxruntime_side(folder: pathlib.Path) -> None:

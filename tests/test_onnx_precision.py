@@ -143,6 +143,37 @@ def test_products_that_int8_would_blur_stay_in_half():
     assert onnx_precision.quiet_steps(ranges, most=0.1) == {"quiet": 0.1, "noisy": 0.1}
 
 
+def _difference(gap):
+    """y = x W - x (W - gap V): whatever int8 does to one of the products is 1 / gap times as large in y."""
+    rng = np.random.default_rng(0)
+    weight, other = (rng.normal(size=(32, 16)).astype(np.float32) for _ in range(2))
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "a"], ["xa"]), onnx.helper.make_node("Sin", ["x"], ["s"]),
+        onnx.helper.make_node("MatMul", ["s", "b"], ["sb"]), onnx.helper.make_node("MatMul", ["s", "same"], ["sa"]),
+        onnx.helper.make_node("Sub", ["sa", "sb"], ["d"]), onnx.helper.make_node("Mul", ["xa", "zero"], ["nothing"]),
+        onnx.helper.make_node("Add", ["d", "nothing"], ["y"]),
+    ]  # fmt: skip
+    weights = {"a": weight, "same": weight, "b": weight - np.float32(gap) * other, "zero": np.float32(0)}
+    tensors = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()]
+    ends = [
+        onnx.helper.make_tensor_value_info(*end)
+        for end in (("x", TensorProto.FLOAT, ["n", 32]), ("y", TensorProto.FLOAT, ["n", 16]))
+    ]
+    graph = onnx.helper.make_graph(nodes, "difference", ends[:1], ends[1:], tensors)
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+
+
+def test_products_whose_noise_grows_on_the_way_go_back_to_half():
+    batches = [{"x": np.random.default_rng(1).normal(size=(50, 32)).astype(np.float32)}]
+    for gap, kept in ((1.0, {"x", "s"}), (0.02, {"x"})):
+        model = _difference(gap)
+        ranges = onnx_precision.calibrate(model, batches)
+        ranges["s"] = onnx_precision.Range(ranges["s"].step, ranges["x"].noise + 1e-6)  # the noisier of the two, by a hair
+        steps = onnx_precision.quiet_steps(ranges)
+        assert steps.keys() == {"x", "s"}
+        assert onnx_precision.settle(model, ranges, steps, batches).keys() == kept, gap
+
+
 def test_calibration_without_histories_is_refused(folders):
     with pytest.raises(ValueError, match="no histories"):
         onnx_precision.calibrate(onnx.load(folders["fp32"] / "encoder.onnx"), [])

@@ -133,6 +133,52 @@ def test_weights_come_back_as_they_went(folder, tmp_path):
         fill(tmp_path / "light", tmp_path / "other", {name: value[:1] for name, value in weights.items()})
 
 
+FUSED = (bench.Case("stack", "fp16", 64, (1, 8), True, "fused"), bench.Case("stack", "int8", 64, (8,), False, "fused"))
+
+
+def test_fused_cases_are_a_file_a_batch_with_kernels_in_it_and_travel_light(tmp_path):
+    full, light, back = (tmp_path / name for name in ("full", "light", "back"))
+    full.mkdir()
+    bench.export(full, FUSED, CONFIG)
+    names = {case.file_for(batch) for case in FUSED for batch in case.batches}
+    assert {path.name for path in full.iterdir()} == names == {
+        "stack-fp16-loose-fused-64-b1.onnx", "stack-fp16-loose-fused-64-b8.onnx", "stack-int8-fused-64-b8.onnx"
+    }  # fmt: skip
+    for name in names:
+        model = onnx.load(full / name)
+        kinds = collections.Counter(node.op_type for node in model.graph.node)
+        assert kinds["CompiledKernel"] == 3, "preparation, attention, gated norm"
+        assert bool(kinds["QuantizeLinear"]) == ("int8" in name)
+        into = [onnx.helper.get_attribute_value(node.attribute[0]) for node in model.graph.node if node.op_type == "Cast"]
+        assert (onnx.TensorProto.FLOAT16 in into) == ("loose" not in name)
+        assert {p.key: p.value for p in model.metadata_props} == {"part": "stack", "length": "64", "kernels": "sm_90"}
+        assert [value.type.tensor_type.shape.dim[0].dim_param for value in model.graph.input] == ["batch"] * 3
+    one, eight = (onnx.load(full / f"stack-fp16-loose-fused-64-b{batch}.onnx") for batch in (1, 8))
+    spelled = {n.op_type for n in spelled_out(eight).graph.node}
+    assert not {"ReduceL2", "GatherElements"} & spelled
+    assert "CompiledKernel" in spelled
+    assert len(one.graph.node) == len(eight.graph.node)
+    strip(full, light, bench.all_weights(CONFIG))
+    fill(light, back, bench.all_weights(CONFIG))
+    for name in names:
+        assert (back / name).read_bytes() == (full / name).read_bytes()
+        assert (light / name).stat().st_size < (full / name).stat().st_size
+
+
+def test_kernels_of_a_run_are_added_up_by_name(tmp_path):
+    head = '"ID","Kernel Name","Metric Unit","Metric Value"'
+    rows = ['"0","gemm","ns","1,500"', '"1","norm","us","2.5"', '"2","gemm","ns","500"']
+    (tmp_path / "ncu-stack b8 effort 2.csv").write_text("\n".join(["==PROF== Connected", head, *rows]))
+    (tmp_path / "ncu-cut off.csv").write_text("==PROF== Connected\n" + head)
+    bench.kernels(tmp_path)
+    (line,) = (tmp_path / "ncu.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    assert found["name"] == "stack b8 effort 2 kernels"
+    assert found["kernels"] == {"norm": pytest.approx(2.5e-6), "gemm": pytest.approx(2e-6)}
+    assert list(found["kernels"]) == ["norm", "gemm"]
+    assert found["all_kernels"] == pytest.approx(4.5e-6)
+
+
 def test_weights_depend_on_their_names_only():
     assert (make_weight("a", (3, 4)) == make_weight("a", (3, 4))).all()
     assert (make_weight("a", (3, 4)) != make_weight("b", (3, 4))).any()
@@ -177,7 +223,7 @@ def test_both_sides_become_one_record(tmp_path, monkeypatch):
     assert record["data"]["stack-fp16-512 b1"]["errors"] == {"hidden": 1e-3}
 
 
-@pytest.mark.parametrize("name", ["tensorrt_engines", "tensorrt_ways"])
+@pytest.mark.parametrize("name", ["tensorrt_engines", "tensorrt_encoder", "tensorrt_ways"])
 def test_recorded_engines_are_within_the_tolerances(name):
     """All outputs but the logits, which are known to be off (notebook 07 says why)."""
     record = read_record(name, device="nvidia-h200")

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from hstu_lab import tensorrt_bench as bench
 from hstu_lab import tensorrt_library
 from hstu_lab.config import TASK_NAMES
 from hstu_lab.events import Catalog, read_events
@@ -15,6 +16,7 @@ from hstu_lab.model import load_checkpoint
 from hstu_lab.onnx_export import export
 from hstu_lab.pipeline import SAMPLE, SHIPPED_CHECKPOINT, Recommender
 from hstu_lab.settings import Settings
+from tests import fused_engines
 from tests.tensorrt_process import remote_models, unify
 
 SIZES = {"length": 256, "candidates": 100}
@@ -68,6 +70,24 @@ def _tensorrt_python() -> str:
     if python is None and tensorrt_library._load("tensorrt") is None:
         pytest.skip("the full TensorRT is not installed; HSTU_LAB_TENSORRT_PYTHON can name a Python that has it")
     return python or sys.executable
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+def test_engines_with_our_kernels_inside_give_the_plain_answers(tmp_path):
+    """Attention, gated norm and projections as plugins, mixed lengths, with and without a CUDA graph; for a GPU of sm_90."""
+    if tensorrt_library.gpu_target() != "sm_90":
+        pytest.skip("the benchmark's kernels are compiled for compute capability 9.0")
+    bench.export(tmp_path, fused_engines.CASES, fused_engines.CONFIG)
+    bench.expected(tmp_path, fused_engines.CASES, fused_engines.CONFIG)
+    script = pathlib.Path(fused_engines.__file__)
+    environment = os.environ | {"PYTHONPATH": str(script.parents[1])}
+    done = subprocess.run([_tensorrt_python(), script, tmp_path], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 2 * (2 * 1 + 2 * 2)
+    for case, output, error in lines:
+        assert 0 < float(error) < 5e-3, (case, output, error)
 
 
 def test_what_the_far_side_refuses_is_told(folder):
