@@ -227,6 +227,13 @@ def nvcc() -> str | None:
     return next((found for path in paths if (found := shutil.which("nvcc", path=path))), None)
 
 
+def kernel_folder() -> pathlib.Path:
+    """Where compiled kernels stay: HSTU_LAB_KERNELS, else `.build/kernels` of the checkout, else `~/.cache/hstu_lab/kernels`."""
+    if given := os.environ.get("HSTU_LAB_KERNELS"):
+        return pathlib.Path(given)
+    return (ROOT / ".build" if (ROOT / "pyproject.toml").exists() else pathlib.Path.home() / ".cache/hstu_lab") / "kernels"
+
+
 def nvcc_remedy() -> str:
     """The command that installs NVIDIA's compiler."""
     return _pip(" ".join(NVCC_PINS))

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 
+from hstu_lab import environment
 from hstu_lab.tensorrt_library import EngineError, Library
 
 SOURCES = pathlib.Path(__file__).parent
@@ -25,20 +26,11 @@ class PluginError(EngineError):
     """The plugin cannot be compiled or this TensorRT takes none; the message names the remedy."""
 
 
-def cache_folder() -> pathlib.Path:
-    """HSTU_LAB_KERNELS, else `.build/kernels` of the checkout, else `~/.cache/hstu_lab/kernels`."""
-    if given := os.environ.get("HSTU_LAB_KERNELS"):
-        return pathlib.Path(given)
-    checkout = SOURCES.parent
-    there = (checkout / "pyproject.toml").exists()
-    return (checkout / ".build" if there else pathlib.Path.home() / ".cache/hstu_lab") / "kernels"
-
-
 def compile_plugin() -> pathlib.Path:
     """The shared library, compiled at the first call for this source: about three seconds. Raises PluginError."""
     sources = [SOURCES / name for name in ("tensorrt_abi.h", "tensorrt_plugin.cpp")]
     digest = hashlib.sha256("\0".join([*FLAGS, *(path.read_text() for path in sources)]).encode()).hexdigest()[:16]
-    made = cache_folder() / f"tensorrt_plugin-{digest}.so"
+    made = environment.kernel_folder() / f"tensorrt_plugin-{digest}.so"
     if not made.exists():
         compiler = shutil.which(os.environ.get("CXX", "c++"))
         if compiler is None:

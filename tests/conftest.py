@@ -73,6 +73,28 @@ def tiny_checkpoint(tmp_path_factory, tiny_model, tiny_world):
     return folder
 
 
+@pytest.fixture(scope="module")
+def engine(tiny_checkpoint):
+    """vLLM with `tiny_model`, in this process."""
+    from hstu_lab.vllm_engine import Engine, EngineOptions
+
+    with Engine(tiny_checkpoint, EngineOptions(kv_cache_memory_bytes=8 << 20)) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def draw_prompts(tiny_model):
+    """(seed, lengths) -> packed histories of so many tokens for `tiny_model`, each of another user."""
+    import torch
+
+    def draw(seed, lengths):
+        generator, base = torch.Generator().manual_seed(seed), tiny_model.config.user_token_base
+        drawn = [torch.randint(1, 500, (n - 1,), generator=generator).tolist() for n in lengths]
+        return [[base + 1 + i, *tokens] for i, tokens in enumerate(drawn)]
+
+    return draw
+
+
 @pytest.fixture(scope="session")
 def small_onnx(tmp_path_factory):
     """precision -> folder of the shipped checkpoint's ONNX parts; int8 is calibrated with the sample log."""

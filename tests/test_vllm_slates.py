@@ -9,17 +9,8 @@ from hstu_lab.vllm_engine import Engine, EngineOptions
 
 
 @pytest.fixture(scope="module")
-def prompts(tiny_model):
-    draw = torch.Generator().manual_seed(5)
-    lengths = (1, 2, 15, 16, 17, 31, 32, 40, 53)
-    base = tiny_model.config.user_token_base
-    return [[base + 1 + i, *torch.randint(1, 500, (n - 1,), generator=draw).tolist()] for i, n in enumerate(lengths)]
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_checkpoint):
-    with Engine(tiny_checkpoint, EngineOptions(kv_cache_memory_bytes=8 << 20)) as engine:
-        yield engine
+def prompts(draw_prompts):
+    return draw_prompts(5, (1, 2, 15, 16, 17, 31, 32, 40, 53))
 
 
 def by_steps(engine, prompts, seen, n):

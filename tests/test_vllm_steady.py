@@ -15,17 +15,8 @@ TINY_BLOCK = 2 * 16 * 2 * (16 + 16) * 4
 
 
 @pytest.fixture(scope="module")
-def prompts(tiny_model):
-    draw = torch.Generator().manual_seed(6)
-    lengths = (1, 2, 7, 14, 15, 16, 17, 30, 31, 32, 40, 47)
-    base = tiny_model.config.user_token_base
-    return [[base + 1 + i, *torch.randint(1, 500, (n - 1,), generator=draw).tolist()] for i, n in enumerate(lengths)]
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_checkpoint):
-    with Engine(tiny_checkpoint, EngineOptions(kv_cache_memory_bytes=8 << 20)) as engine:
-        yield engine
+def prompts(draw_prompts):
+    return draw_prompts(6, (1, 2, 7, 14, 15, 16, 17, 30, 31, 32, 40, 47))
 
 
 @contextlib.contextmanager

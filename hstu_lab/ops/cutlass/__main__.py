@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import time
 
-from hstu_lab.ops.cutlass.build import KERNELS, ToolchainMissing, build_all, cache_folder
+from hstu_lab import environment
+from hstu_lab.ops.cutlass.build import KERNELS, ToolchainMissing, build_all
 
 
 def main() -> int:
     start = time.monotonic()
-    print(f"{2 * len(KERNELS)} CUTLASS kernels for sm_80 and sm_90a in {cache_folder()}", file=sys.stderr)
+    print(f"{2 * len(KERNELS)} CUTLASS kernels for sm_80 and sm_90a in {environment.kernel_folder()}", file=sys.stderr)
     try:
         build_all()
     except ToolchainMissing as error:

@@ -100,16 +100,6 @@ class Built:
         return self.functions.hstu_shared_bytes()
 
 
-def cache_folder() -> pathlib.Path:
-    """HSTU_LAB_KERNELS, else `.build/kernels` of the checkout, else `~/.cache/hstu_lab/kernels`."""
-    if given := os.environ.get("HSTU_LAB_KERNELS"):
-        return pathlib.Path(given)
-    checkout = SOURCES.parents[2]
-    return (
-        checkout / ".build" if (checkout / "pyproject.toml").exists() else pathlib.Path.home() / ".cache/hstu_lab"
-    ) / "kernels"
-
-
 @functools.cache
 def nvcc() -> tuple[pathlib.Path, tuple[str, ...]]:
     """(nvcc, flags it needs). Raises ToolchainMissing."""
@@ -169,7 +159,7 @@ def build(config: LinearConfig, dtype: str = "bfloat16", residual: bool = False,
 
     Two processes that want the same kernel compile it once. Raises ToolchainMissing or CompileFailed.
     """
-    folder = folder or cache_folder()
+    folder = folder or environment.kernel_folder()
     library = folder / f"{key(config, dtype, residual)}.so"
     report = library.with_suffix(".ptxas")
     if not (library.exists() and report.exists()):
