@@ -350,9 +350,7 @@ class Recommender:
         return self.model.known_items.cpu().numpy()
 
     def _count(self, task: str) -> int:
-        if task == "slate":
-            return self.config.slate_size
-        return max(min(max(self.config.num_candidates, self.settings.num_items), self.config.num_items - 1), 1)
+        return max(self.config.num_candidates, self.settings.num_items) if task == "topk" else self.config.slate_size
 
     @staticmethod
     def _rank(runner: Eager | Parts | Vllm, batch: Batch, candidates: Sequence[list[int]], timer: StageTimer) -> Tensor:
