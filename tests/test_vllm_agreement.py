@@ -108,6 +108,19 @@ def test_a_hundred_users(tiny_checkpoint, users, memory, batch, options):
         assert wrong(engine, users[:100], seed=batch) == 0
 
 
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("memory", "batch", "options"),
+    [(AMPLE, 64, {}), (SCARCE, 16, {"max_num_batched_tokens": 64}), (AMPLE, 16, {"fused_slates": False})],
+    ids=["ample", "scarce-chunked", "an-item-a-step"],
+)
+def test_a_hundred_users_by_kernels_and_graphs(tiny_checkpoint, users, memory, batch, options):
+    options = {"ops": "triton", "cuda_graphs": "FULL", "graph_tokens": 64, "prompt_embeds": False, **options}
+    with Engine(tiny_checkpoint, EngineOptions(kv_cache_memory_bytes=memory, max_num_seqs=batch, **options)) as engine:
+        assert wrong(engine, users[:100], seed=batch) == 0
+
+
 def preempting(monkeypatch):
     """Notes how many tokens each request had that vLLM took its blocks from."""
     from vllm.v1.core.sched.scheduler import Scheduler

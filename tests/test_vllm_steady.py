@@ -71,6 +71,24 @@ def test_steady_steps_change_no_item(tiny_checkpoint, engine, prompts, blocks, s
     assert max(sizes) > 1
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocks", [300, 14])
+def test_graphs_of_steady_steps_change_no_item(tiny_checkpoint, prompts, blocks):
+    jobs = jobs_of(prompts, random.Random(0))
+    options = EngineOptions(
+        kv_cache_memory_bytes=blocks * TINY_BLOCK, ops="triton", cuda_graphs="FULL", graph_tokens=64, prompt_embeds=False
+    )
+    with Engine(tiny_checkpoint, options) as engine:
+        with counted(engine, steady=False) as sizes:
+            expected = steps(engine, jobs)
+        assert not sizes
+        with counted(engine) as sizes:
+            agree(steps(engine, jobs, random.Random(0)), expected)
+            agree(steps(engine, jobs), expected)  # prefixes are cached
+        assert set(sizes) <= set(worker_of(engine).steady.graphs)
+    assert len(sizes) > 10
+
+
 def test_every_step_but_the_first_is_steady(engine, prompts):
     with counted(engine) as sizes:
         steps(engine, [(prompt, [], 10) for prompt in prompts[:3]])
