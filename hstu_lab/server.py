@@ -330,12 +330,18 @@ def make_app(options: ServerOptions, settings: dict) -> FastAPI:
 
     @app.post("/recommend", response_model=RecommendOut, responses=errors, dependencies=needs_token)
     async def recommend(body: RecommendIn, request: Request):
+        # A client that sends an event again means the same event: as where a file is read (`events.read_events`).
+        events = dict.fromkeys((e.item, ACTIONS.index(e.action), int(e.timestamp), e.dwell) for e in body.events)
+        items, actions, timestamps = ([event[column] for event in events] for column in range(3))
         answer = await service.answer(
-            request, "/recommend", "recommend", body.deadline_ms, user=body.user, task=body.task,
-            items=[event.item for event in body.events], actions=[ACTIONS.index(event.action) for event in body.events],
-            timestamps=[int(event.timestamp) for event in body.events],
+            request, "/recommend", "recommend", body.deadline_ms, user=body.user, task=body.task, items=items, actions=actions,
+            timestamps=timestamps,
         )  # fmt: skip
-        return answer if isinstance(answer, JSONResponse) else {"user": body.user, "task": body.task, **answer}
+        if isinstance(answer, JSONResponse):
+            return answer
+        if dropped := len(body.events) - len(events):
+            answer["repairs"]["exact duplicates dropped"] = dropped
+        return {"user": body.user, "task": body.task, **answer}
 
     @app.get("/v1/models", dependencies=needs_token)
     async def models() -> dict:

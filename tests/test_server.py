@@ -97,6 +97,16 @@ def test_any_order_unknown_items_and_too_long_histories_are_repaired_and_said(se
     assert len(new["items"]) == 10
 
 
+def test_an_event_sent_twice_counts_once_as_in_a_file(served, body):
+    straight = served.call("/recommend", body)[2]
+    again = [body["events"][2] | {"timestamp": body["events"][2]["timestamp"] + 0.5, "session": "another"}, *body["events"][:2]]
+    twice = served.call("/recommend", body | {"events": body["events"] + again})[2]
+    assert twice["repairs"] == {"exact duplicates dropped": 3} | straight["repairs"]
+    assert twice["items"] == straight["items"]
+    dwelt = served.call("/recommend", body | {"events": [body["events"][0], body["events"][0] | {"dwell": 1.5}]})[2]
+    assert "exact duplicates dropped" not in dwelt["repairs"], "an event that differs in what was seen of it is another"
+
+
 def test_completions_are_the_next_items_of_packed_tokens(served, tiny_model):
     prompt = [tiny_model.config.user_token_base + 1, 5, 9]
     status, _, answer = served.call("/v1/completions", {"prompt": prompt, "max_tokens": 4})
