@@ -398,19 +398,25 @@ def keep(record: Record, measurements: Sequence[measure.Measurement]) -> None:
     record.measurements[:] = [m for m in record.measurements if m.name not in names] + list(measurements)
 
 
+def run_until_answered(group: Replicas, cell: Cell, seconds: float, rate: float | None = None) -> dict:
+    """`group.run`, and again for four times as long where nothing finished within it: that is no rate."""
+    while not (seen := group.run(cell, seconds, rate))["requests"] and seconds < LONGEST_LOAD:
+        seconds *= 4
+    return seen
+
+
 def load(record: Record, group: Replicas, key: str, cells: Sequence[Cell], seconds: float, out, half: bool = False) -> None:
     """Requests/s of every cell to record.data["table"], and, with `half`, latencies at half of it under open-loop load.
 
-    A load in which nothing finished is no rate: it is taken again, for four times as long. One in which kernels were compiled,
-    seconds each, tells of the compiler: it is taken again, ATTEMPTS times in all, and the last one kept.
+    A load in which kernels were compiled, seconds each, tells of the compiler: it is taken again, ATTEMPTS times in all, and the
+    last one kept.
     """
     table = record.data.setdefault("table", {})
     for cell in cells:
         row = table.setdefault(str(cell), {})
-        rate, length = row["engines"]["requests/s"] / 2 if half else None, seconds
+        rate = row["engines"]["requests/s"] / 2 if half else None
         for attempt in range(1, ATTEMPTS + 1):
-            while not (seen := group.run(cell, length, rate))["requests"] and length < LONGEST_LOAD:
-                length *= 4
+            seen = run_until_answered(group, cell, seconds, rate)
             if not (names := seen.get("compiled")) or attempt == ATTEMPTS:
                 break
             print(f"{cell!s:28s} {key:8s} taken again: {', '.join(names)} compiled in its window", flush=True)

@@ -29,7 +29,7 @@ from hstu_lab.model import load_config
 from hstu_lab.vllm_bench import OPTIONS
 from hstu_lab.vllm_engine import ENVIRONMENT, EngineOptions, engine_arguments, loop_sizes
 from hstu_lab.vllm_load import TASKS, Cell, Users, random_checkpoint, random_histories, serving_config
-from hstu_lab.vllm_replicas import Replicas, end_on_sigterm, keep, replica, resumed, run_parts
+from hstu_lab.vllm_replicas import Replicas, end_on_sigterm, keep, replica, resumed, run_parts, run_until_answered
 
 PARTS = ("answers", "steps", "tensor", "data", "replicas")
 """In this order: equal lists; steps of tensor parallelism, and its rates; those of data parallelism and of engines apart."""
@@ -209,7 +209,7 @@ class TwoGpus:
         print(f"{name:56s} {rate:7.0f} requests/s  {[round(x) for x in samples] or ''}", flush=True)
 
     def _load(self, cell: Cell, group: Replicas) -> float:
-        seen = group.run(cell, self.seconds)
+        seen = run_until_answered(group, cell, self.seconds)
         if names := seen.get("compiled"):
             print(f"{cell}: {', '.join(names)} compiled in its window", flush=True)
         return seen["requests/s"]

@@ -224,6 +224,19 @@ def test_a_load_in_which_kernels_were_compiled_is_taken_again(tmp_path, capsys):
     assert next(Group.answers) == {}, "a load without compilations is kept"
 
 
+def test_a_load_in_which_nothing_finished_is_taken_again_for_longer():
+    class Slow:
+        def run(self, cell, seconds, rate):
+            return {"requests": int(seconds / self.takes)}
+
+    for takes, seconds in ((0.1, 1), (3.0, 4), (1000.0, 64)):
+        group, seen = Slow(), []
+        group.takes = takes
+        group.run = lambda cell, length, rate, run=group.run, seen=seen: seen.append(length) or run(cell, length, rate)
+        answer = vllm_replicas.run_until_answered(group, Cell("topk", 24, 0.0), 1)
+        assert (seen[-1], answer["requests"]) == (seconds, int(seconds / takes))
+
+
 def test_compilations_are_noted_by_name_and_only_the_first(tmp_path, monkeypatch):
     import triton
     from triton.compiler import ASTSource
