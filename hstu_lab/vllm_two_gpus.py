@@ -29,11 +29,11 @@ from hstu_lab.model import load_config
 from hstu_lab.vllm_bench import OPTIONS
 from hstu_lab.vllm_engine import ENVIRONMENT, EngineOptions, engine_arguments, loop_sizes
 from hstu_lab.vllm_load import TASKS, Cell, Users, random_checkpoint, random_histories, serving_config
-from hstu_lab.vllm_replicas import Replicas, end_on_sigterm, keep, replica, resumed, run_parts, run_until_answered
+from hstu_lab.vllm_replicas import IN_FLIGHT, Replicas, end_on_sigterm, keep, replica, resumed, run_parts, run_until_answered
 
 PARTS = ("answers", "steps", "tensor", "data", "replicas")
 """In this order: equal lists; steps of tensor parallelism, and its rates; those of data parallelism and of engines apart."""
-TURNS = 2
+TURNS = 3
 """Loads by which two ways are compared, in turns; one before them meets what is compiled, or read from disk, at first use."""
 EXACT = EngineOptions(
     kv_cache_memory_bytes=1 << 30, dtype="float32", ops="triton", cuda_graphs="FULL", prompt_embeds=False, graph_tokens=256,
@@ -56,7 +56,7 @@ class DataParallel:
         memory = {} if current_platform.is_cpu() else {"gpu_memory_utilization": 0.05}
         arguments = engine_arguments(folder, options) | memory | {"data_parallel_size": size}
         self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments, enable_log_requests=False))
-        self.options, self.turn = options, 0
+        self.options, self.size, self.turn = options, size, 0
 
     async def start(self) -> None:
         await self.engine.collective_rpc("use_recommendation_sampler", args=(loop_sizes(self.options),))
@@ -75,10 +75,11 @@ class DataParallel:
         raise RuntimeError("vLLM ended the request without an answer")
 
     async def load(self, config, cell: Cell, in_flight: int, seconds: float) -> float:
-        """Requests a second, so many always in flight, over at least `seconds` and as many answers.
+        """Requests a second, so many always in flight for each engine, over at least `seconds` and as many answers.
 
         The clock starts when each place has been answered twice: whatever had to be compiled is.
         """
+        in_flight *= self.size
         users, times, first = Users(config, cell, 1), [], 2 * in_flight - 1
 
         def over() -> bool:
@@ -249,7 +250,9 @@ class TwoGpus:
         """Requests/s through vLLM's asynchronous front end, over one engine and, data parallel, two."""
         groups = self._ready("data")
         for cell in (self.cells[0], self.long):
-            self._compare(f"{cell}, vLLM's front end", groups, lambda g, cell=cell: g.tell("rate", cell, 256, self.seconds)[0])
+            self._compare(
+                f"{cell}, vLLM's front end", groups, lambda g, cell=cell: g.tell("rate", cell, IN_FLIGHT, self.seconds)[0]
+            )
 
     def replicas(self) -> None:
         """Requests/s of independent engines that share one GPU, and of as many on each of two."""
