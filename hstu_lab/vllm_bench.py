@@ -16,7 +16,6 @@ import dataclasses
 import datetime
 import functools
 import io
-import itertools
 import multiprocessing
 import os
 import pathlib
@@ -123,20 +122,31 @@ def decode_steps(
     return samples
 
 
-def graph_replays(engine: Engine) -> dict[int, tuple[float, ...]]:
-    """Seconds of one replay of the captured decode graphs, by batch; the inputs are those of the last step."""
+def graph_replays(engine: Engine, batch: int, history: int) -> dict[str, tuple[float, ...]]:
+    """Seconds of one replay of the graphs of a decode step with as many requests, by name: the model's, which vLLM captured, and
+    that of a steady step, which masks and chooses the items as well. None without graphs."""
+    worker, runner, graphs = worker_of(engine), runner_of(engine), {}
+    steady, worker.steady = worker.steady, None
+    try:
+        decode_steps(engine, batch, history, 2)  # vLLM's way: a graph's inputs stay those of its last step
+    finally:
+        worker.steady = steady
+    for descriptor, entry in getattr(runner.model, "concrete_cudagraph_entries", {}).items():
+        if entry.cudagraph is not None and descriptor.num_tokens == batch:
+            graphs["graph replay"] = entry.cudagraph
+    if steady is not None and batch in steady.graphs:
+        graphs["graph replay with choice"] = steady.graphs[batch][0]
     found = {}
-    for descriptor, entry in getattr(runner_of(engine).model, "concrete_cudagraph_entries", {}).items():
-        if entry.cudagraph is None or descriptor.num_tokens not in (1, 8, 64):
-            continue
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(31)]
-        events[0].record()
-        for event in events[1:]:
+    for name, graph in graphs.items():
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(30)]
+        for start, end in pairs:
+            runner.seq_lens[:batch] = history + 1  # a steady step lengthens every request
+            start.record()
             for _ in range(10):
-                entry.cudagraph.replay()
-            event.record()
+                graph.replay()
+            end.record()
         torch.cuda.synchronize()
-        found[descriptor.num_tokens] = tuple(a.elapsed_time(b) / 1e4 for a, b in itertools.pairwise(events))
+        found[name] = tuple(start.elapsed_time(end) / 1e4 for start, end in pairs)
     return found
 
 
@@ -168,10 +178,9 @@ def step(engine: Engine, suffix: str = "", history: int = 512) -> list[Measureme
     for batch in (1, 8, 64):
         case = f"B={batch} N={history}{suffix}"
         note(f"engine step {case}", decode_steps(engine, batch, history))
-        if not suffix and engine.in_process:  # the graph's inputs are those of the batch that ran last
-            for size, replays in graph_replays(engine).items():
-                if size == batch:
-                    note(f"graph replay {case}", replays, 10, "cuda events")
+        if not suffix and engine.in_process:
+            for name, replays in graph_replays(engine, batch, history).items():
+                note(f"{name} {case}", replays, 10, "cuda events")
         # Far below the wall time, something else ran in between: on the GPU, or on the host's processors.
         note(f"engine step, own processor time {case}", decode_steps(engine, batch, history, clock=time.thread_time), 1, "cpu")
         note(f"slate in one step, an item {case}", slates_together(engine, batch, history), config.slate_size)

@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import serving
@@ -38,6 +40,12 @@ class Thread(threading.Thread):
 
     def kill(self):
         """Whoever is killed says nothing more: threads of these tests end when their pipe does."""
+
+
+class Shape(NamedTuple):
+    """What vLLM knows of a graph that it captured."""
+
+    num_tokens: int
 
 
 class Context:
@@ -206,6 +214,42 @@ def test_the_clock_of_a_load_starts_after_the_first_wave(folder):
 def test_a_part_that_does_not_exist_is_refused(folder, tmp_path):
     with pytest.raises(SystemExit, match="there are step, telling"):
         bench(folder, tmp_path, ("steps",))
+
+
+def test_replays_are_timed_with_the_inputs_of_such_a_step(folder, monkeypatch):
+    """Graphs are stood for by what notes the lengths that they would read."""
+
+    class Event(SimpleNamespace):
+        def record(self):
+            self.at = time.perf_counter()
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.at - self.at)
+
+    class Graph:
+        def __init__(self):
+            self.lengths = []
+
+        def replay(self):
+            self.lengths.append(runner_of(engine).seq_lens[:4].tolist())
+            runner_of(engine).seq_lens[:4] += 1
+
+    with Engine(folder, OPTIONS) as engine:  # on a CPU vLLM puts its own in these places
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        whole, model, other = (Graph() for _ in range(3))
+        steady = vllm_bench.worker_of(engine).steady
+        monkeypatch.setattr(steady, "take", lambda _: pytest.fail("the graph of vLLM would keep older inputs"))
+        monkeypatch.setattr(steady, "graphs", {4: (whole, None), 8: (other, None)})
+        entries = {Shape(num): SimpleNamespace(cudagraph=graph) for num, graph in ((4, model), (8, other), (16, None))}
+        monkeypatch.setattr(runner_of(engine).model, "concrete_cudagraph_entries", entries, raising=False)
+        found = vllm_bench.graph_replays(engine, 4, 9)
+        assert vllm_bench.worker_of(engine).steady is steady
+    assert set(found) == {"graph replay", "graph replay with choice"}
+    for graph, seconds in zip((model, whole), found.values()):
+        assert graph.lengths == [[10 + i] * 4 for _ in seconds for i in range(10)]
+        assert min(seconds) > 0
+    assert not other.lengths
 
 
 def test_a_load_in_which_kernels_were_compiled_is_taken_again(tmp_path, capsys):
