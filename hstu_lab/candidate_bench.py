@@ -69,14 +69,11 @@ class CachedUsers:
 
     def score(self, first: int, count: int) -> Tensor:
         """The same for rows that are all candidates: nothing of them is written to the cache, since nobody reads it."""
-        from hstu_lab.ops.triton_candidates import candidates_layer, time_buckets
+        from hstu_lab.ops.triton_candidates import candidates_stack
 
         x, _, times, offsets, seq_lens, history = self.step(first, count)
-        stack, where = self.stack, (self.table, offsets, seq_lens, history)
-        buckets = time_buckets(stack.layers[0].bias, *where, times, self.slot_times)
-        for layer, cache in zip(stack.layers, self.caches):
-            x = candidates_layer(x, layer, cache, *where, buckets, divisor=stack.config.max_seq_len, max_queries=count)
-        x = stack.ops.layer_norm(x, stack.final_norm.weight, stack.final_norm.bias, stack.config.norm_eps)
+        where = self.table, offsets, seq_lens, history
+        x = candidates_stack(x, self.stack, self.caches, *where, times, self.slot_times, count)
         return x.unflatten(0, (self.users, count))
 
 

@@ -202,6 +202,19 @@ class HSTUForRecommendation(nn.Module):
             x = decode_layer(x, layer, attention.kv_cache, metadata.slots, where, plan, divisor=self.config.max_seq_len)
         return self.ops.layer_norm(x, self.stack.final_norm.weight, self.stack.final_norm.bias, self.config.norm_eps)
 
+    def against_cache(
+        self, input_ids: Tensor, block_table: Tensor, query_offsets: Tensor, seq_lens: Tensor, history_lens: Tensor, count: int
+    ) -> Tensor:
+        """Hidden states (T, d_model) of B x `count` candidates (tokens (T,)) whose histories are cached; nothing is written."""
+        from hstu_lab.ops.triton_candidates import candidates_stack
+
+        page, last = self.slots.times.shape[1], (history_lens - 1).clamp(min=0).long()
+        block = block_table.gather(1, (last // page).unsqueeze(1)).squeeze(1).long()
+        times = self.slots.times.view(-1)[block * page + last % page].repeat_interleave(count, output_size=len(input_ids))
+        caches = [attention.kv_cache for attention in self.attention]
+        where = block_table, query_offsets, seq_lens, history_lens
+        return candidates_stack(self._read(input_ids)[0], self.stack, caches, *where, times, self.slots.times, count)
+
     def task_logits(self, slots: Tensor) -> Tensor:
         """Logits (S, 3) of the tasks for the candidates in those slots (S,)."""
         return self.heads(self.slots.kept(slots, self.attention[-1].kv_cache, self.config.d_model)).float()
