@@ -385,7 +385,10 @@ class Engine:
             self._to_score.popleft()
             if waiting.request_id not in self._scoring:
                 continue
-            needs = scores.hold(waiting.prompt, waiting.candidates)
+            try:
+                needs = scores.hold(waiting.prompt, waiting.candidates)
+            except TypeError:  # the prompt is not made of numbers, as vLLM will say
+                needs = None
             if needs is None:
                 del self._scoring[waiting.request_id]
                 self._add(waiting)
