@@ -122,10 +122,11 @@ def loop_sizes(options: EngineOptions) -> list[int]:
 
 def micro_batch(config: ModelConfig, options: EngineOptions) -> int:
     """Most candidates of one request of vLLM."""
-    most = min(options.micro_batch, (config.num_items - 1) // len(TASKS))
     if options.enable_chunked_prefill:
-        return most
-    return max(min(most, options.max_num_batched_tokens - config.max_seq_len - 1), 0)  # a request must fit into one step
+        return options.micro_batch
+    return max(
+        min(options.micro_batch, options.max_num_batched_tokens - config.max_seq_len - 1), 0
+    )  # a request must fit into one step
 
 
 def room(config: ModelConfig, options: EngineOptions) -> int:
@@ -256,13 +257,10 @@ class Engine:
     def submit_score(self, prompt: list[int], candidates: Sequence[int]) -> concurrent.futures.Future[Tensor]:
         """Probabilities (C, 3) of engagement, retention and monetization for items (table rows) after the prompt (tokens).
 
-        Raises EngineError for what is no item, for a prompt that is no list of tokens, and where step or catalog have no room.
+        Raises EngineError for what is no item, for a prompt that is no list of tokens, and where a step has no room.
         """
         items = np.asarray(candidates)
         if len(items) and not self.micro_batch:
-            if self.config.num_items <= len(TASKS):
-                few = f"the catalog's {self.config.num_items} rows have no room for {len(TASKS)} scores and a zero"
-                raise EngineError(f"{few}: score its items outside of vLLM")
             raise EngineError("no candidate fits into a step: raise max_num_batched_tokens, or enable_chunked_prefill")
         known = not len(items) or (items.dtype.kind in "iu" and items.min() >= 0 and items.max() < self.config.num_items)
         if isinstance(prompt, Tensor) or items.ndim != 1 or not known:
@@ -472,7 +470,7 @@ class Engine:
 
         items = waiting.candidates.tolist()
         waiting.prompt = candidates.prompt(waiting.prompt, items, waiting.number, self.config)
-        waiting.params = self._params(1, candidates.columns(len(items)), candidates=len(items))
+        waiting.params = self._params(1, len(TASKS) * len(items) - 1, candidates=len(items))
 
     def abort(self, request_ids: set[str]) -> None:
         """Stop working on the requests that vLLM knows by these ids and free their blocks; their futures stay unanswered."""
@@ -513,8 +511,8 @@ class Engine:
 class _Waiting:
     """A request on its way: what vLLM said of it so far, and who waits for what `read` makes of it.
 
-    `best` holds, for every token, the ids and log-probabilities that came with it, the token's own first. `candidates` (C,) are to
-    be scored after the prompt, which has them as tokens once the request is vLLM's.
+    `best` holds, for every token, the ids and log-probabilities that came with it, the token's own first. `candidates` (C,) are
+    to be scored after the prompt, which has them as tokens once the request is vLLM's.
     """
 
     number: int
@@ -597,12 +595,9 @@ def _slate_of_steps(answer: _Waiting) -> Generated:
 
 
 def _scores(answer: _Waiting, count: int) -> Tensor:
-    """Probabilities (count, 3) from the log-probabilities of what `TaskScores` wrote: differences to the zero behind them."""
-    entries = count * len(TASKS) + 1
-    ids, scores = (torch.from_numpy(rows[0][: entries + 1]) for rows in answer.best[0])
-    row = torch.full((entries,), torch.nan)
-    row[ids.long()] = scores
-    return (row[:-1] - row[-1]).view(count, len(TASKS)).sigmoid()
+    """Probabilities (count, 3) from the logits that `TaskScores` wrote."""
+    scores = answer.best[0][1]
+    return torch.from_numpy(scores[0][: count * len(TASKS)]).view(count, len(TASKS)).sigmoid()
 
 
 def _joined(parts: list[concurrent.futures.Future[Tensor]]) -> concurrent.futures.Future[Tensor]:
