@@ -69,6 +69,24 @@ def test_scores_lists_and_slates_share_steps_and_prefixes(tiny_checkpoint, tiny_
             assert slate.result().items == alone[1][i].items
 
 
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("cached_scores", [True, False])
+def test_scores_by_kernels_and_graphs(tiny_checkpoint, case, cached_scores):
+    """Histories with a tail and without one, in groups for which there is a graph and for which there is none."""
+    tokens, candidates, expected = case
+    options = {"ops": "triton", "cuda_graphs": "FULL", "graph_tokens": 64, "prompt_embeds": False, "micro_batch": 40}
+    options = EngineOptions(kv_cache_memory_bytes=200 * TINY_BLOCK, cached_scores=cached_scores, **options)
+    with Engine(tiny_checkpoint, options) as engine:
+        for count in (40, 13):
+            lists = [c[:count] for c in candidates]
+            for got, wanted in zip(engine.score(tokens, lists), expected, strict=True):
+                torch.testing.assert_close(got, wanted[:count], atol=2e-5, rtol=1e-4)
+            for few in (1, 3, 10):
+                for got, wanted in zip(engine.score(tokens[-few:], lists[-few:]), expected[-few:], strict=True):
+                    torch.testing.assert_close(got, wanted[:count], atol=2e-5, rtol=1e-4)
+
+
 @pytest.fixture
 def scheduled(monkeypatch):
     """Tokens of each step that vLLM's scheduler makes."""
