@@ -377,10 +377,7 @@ class Engine:
         """Begin a step for candidates whose histories are cached; those of other histories become vLLM's."""
         scores, users, held = self._cached_scores, [], []
         while self._to_score and len(users) < scores.most_users:
-            waiting = self._to_score[0]
-            if users and scores.writes(waiting.prompt) != scores.writes(users[0].prompt):
-                break
-            self._to_score.popleft()
+            waiting = self._to_score.popleft()
             if waiting.request_id not in self._scoring:
                 continue
             try:

@@ -2,8 +2,8 @@
 
 As tokens of a prompt (`hstu_lab.vllm_plugin.candidates`) candidates are hashed, given blocks, scheduled and sampled for, all of
 it on the host and none of it needed: they only read the cache. Here the history's full blocks are looked up as vLLM would, and
-one CUDA graph leads from the candidates' ids to their probabilities. Events behind the last full block are computed with them, in
-blocks that are borrowed for the step. A history that is not cached is vLLM's, to be scheduled and cached with all others.
+one CUDA graph leads from the candidates' ids to their probabilities. Events behind the last full block, the tail, are computed
+with them, in a block that is borrowed for the step. A history that is not cached is vLLM's, to be cached with all others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.forward_context import create_forward_context, override_forward_context
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, hash_block_tokens
 
@@ -28,27 +27,27 @@ MOST_USERS = 8
 class Held:
     """Candidates (C,) int32, table rows, after a history (tokens), and the blocks that are held for them until their step.
 
-    `blocks` hold the history's full pages; `borrowed` are for what lies behind these, where the step writes at all.
+    `blocks` hold the history's full pages; `borrowed`, one block or none, is for its tail, the tokens behind them.
     """
 
     history: Sequence[int]
     items: np.ndarray
     blocks: list[KVCacheBlock]
     borrowed: list[KVCacheBlock]
-    tail: int
-
-    @property
-    def rows(self) -> int:
-        return self.tail + len(self.items)
+    tail: Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What a graph is captured for: `users`, `count` candidates of each at most, and whether the step writes to the cache."""
+    """What a graph is captured for: so many users, candidates of each at most, and rows for the tails of all."""
 
     users: int
     count: int
-    writes: bool
+    tails: int
+
+    @property
+    def rows(self) -> int:
+        return self.tails + self.users * self.count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +68,18 @@ class Launched:
 class _Numbers:
     """All numbers of a step in one int32 tensor, which one copy brings to the device, and views of its parts.
 
-    `table` (B, pages), `offsets` (B + 1,), `lens` and `history` (B,), `tokens` and `slots` (T,).
+    `table` (B, pages), `offsets` (B + 1,) and `slots` (R,) of the tails, `lens` (B,) of the histories, `tokens` (R + B x count,):
+    tails end to end, then every user's candidates.
     """
 
-    def __init__(self, users: int, pages: int, rows: int, **where):
-        parts = {"table": users * pages, "offsets": users + 1, "lens": users, "history": users, "tokens": rows, "slots": rows}
-        padded = [-(-size // 4) * 4 for size in parts.values()]  # Triton has other variants for odd addresses
+    def __init__(self, shape: Shape, pages: int, **where):
+        parts = (shape.users * pages, shape.users + 1, shape.users, shape.rows, shape.tails)
+        padded = [-(-size // 4) * 4 for size in parts]  # Triton has other variants for odd addresses
         self.all = torch.zeros(sum(padded), dtype=torch.int32, **where)
-        views = (view[:size] for size, view in zip(parts.values(), self.all.split(padded)))
-        table, self.offsets, self.lens, self.history, self.tokens, self.slots = views
-        self.table = table.view(users, pages)
+        table, self.offsets, self.lens, self.tokens, self.slots = (
+            view[:size] for size, view in zip(parts, self.all.split(padded))
+        )  # fmt: skip
+        self.table = table.view(shape.users, pages)
 
 
 class CachedScores:
@@ -89,61 +90,56 @@ class CachedScores:
 
     def __init__(self, core, most: int):
         config, runner = core.vllm_config, core.model_executor.driver_worker.worker.model_runner
-        self.model, self.vllm_config, self.device, self.most = runner.get_model(), config, runner.device, most
-        self.pool = core.scheduler.kv_cache_manager.block_pool
-        self.page, self.most_users = config.cache_config.block_size, MOST_USERS
+        self.model, self.device, self.most, self.most_users = runner.get_model(), runner.device, most, MOST_USERS
+        self.pool, self.page = core.scheduler.kv_cache_manager.block_pool, config.cache_config.block_size
         self._hash = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
-        self._pages = -(-(self.model.config.max_seq_len + most) // self.page)
+        self._pages = -(-self.model.config.max_seq_len // self.page)
         self._graphs: dict[Shape, tuple] = {}
-
-    def writes(self, history: Sequence[int]) -> bool:
-        """Whether a step writes to the cache for such a history; those that do share none with those that do not."""
-        return not self.model.slots.fused or len(history) % self.page > 0
 
     def hold(self, history: Sequence[int], items: np.ndarray) -> Held | None:
         """Hold what a step for this request needs; None where vLLM must see to it: not all is cached, or no block is free."""
-        config, tail = self.model.config, len(history) % self.page
-        new = history[len(history) - tail :] if tail else ()
-        if not 0 < len(history) <= config.max_seq_len or not all(0 <= token < config.token_limit for token in new):
+        config, whole = self.model.config, len(history) // self.page * self.page
+        tail = history[whole:]
+        if not 0 < len(history) <= config.max_seq_len or not all(0 <= token < config.token_limit for token in tail):
             return None
         blocks, parent = [], None
-        for start in range(0, len(history) - tail, self.page):
+        for start in range(0, whole, self.page):
             parent = hash_block_tokens(self._hash, parent, history[start : start + self.page])
             found = self.pool.get_cached_block(parent, [0])
             if found is None:
                 return None
             blocks += found
         self.pool.touch(blocks)
-        need = -(-(tail + len(items)) // self.page) if self.writes(history) else 0
-        if need > self.pool.get_num_free_blocks():
+        if tail and not self.pool.get_num_free_blocks():
             self.pool.free_blocks(reversed(blocks))
             return None
-        return Held(history, items, blocks, self.pool.get_new_blocks(need), tail)
+        return Held(history, items, blocks, self.pool.get_new_blocks(1 if tail else 0), tail)
 
     @torch.inference_mode()
     def launch(self, requests: Sequence[Held]) -> Launched:
-        """Begin the step of at most MOST_USERS requests that share one, and give back what was held for them."""
-        shape = Shape(len(requests), max(len(r.items) for r in requests), self.writes(requests[0].history))
-        fitting = [s for s in self._graphs if s.writes == shape.writes and s.users >= shape.users and s.count >= shape.count]
+        """Begin the step of at most MOST_USERS requests, and give back what was held for them."""
+        shape = Shape(len(requests), max(len(r.items) for r in requests), sum(len(r.tail) for r in requests))
+        fitting = [
+            s for s in self._graphs
+            if s.users >= shape.users and s.count >= shape.count and s.tails >= shape.tails and bool(s.tails) == bool(shape.tails)
+        ]  # fmt: skip
         if fitting:
-            shape = min(fitting, key=self._rows)
-        host = _Numbers(
-            shape.users, self._pages, self._rows(shape) if fitting or not shape.writes else sum(r.rows for r in requests),
-            pin_memory=self.device.type == "cuda",
-        )  # fmt: skip
-        rows = self._fill(host, shape, requests)
+            shape = min(fitting, key=lambda s: s.rows)
+        host = _Numbers(shape, self._pages, pin_memory=self.device.type == "cuda")
+        self._fill(host, shape, requests)
         if fitting:
             graph, numbers, chances = self._graphs[shape]
             numbers.all.copy_(host.all, non_blocking=True)
             graph.replay()
         else:
-            numbers = _Numbers(shape.users, self._pages, len(host.tokens), device=self.device)
+            numbers = _Numbers(shape, self._pages, device=self.device)
             numbers.all.copy_(host.all, non_blocking=True)
             chances = self._step(numbers, shape)
         # Whatever writes to these blocks next comes behind this step on the device.
         for request in requests:
             self.pool.free_blocks(request.borrowed)
             self.pool.free_blocks(reversed(request.blocks))
+        rows = [slice(b * shape.count, b * shape.count + len(request.items)) for b, request in enumerate(requests)]
         if self.device.type != "cuda":
             return Launched(rows, chances, None)
         answer, event = torch.empty_like(chances, device="cpu", pin_memory=True), torch.cuda.Event()
@@ -151,62 +147,97 @@ class CachedScores:
         event.record()
         return Launched(rows, answer, event)
 
-    def _rows(self, shape: Shape) -> int:
-        return shape.users * (shape.count + shape.writes * self.page)
-
-    def _fill(self, numbers: _Numbers, shape: Shape, requests: Sequence[Held]) -> list[slice]:
-        """Write the requests' numbers (host); the rows of each one's candidates."""
-        table, offsets, lens, history, tokens, slots = (
-            part.numpy() for part in
-            (numbers.table, numbers.offsets, numbers.lens, numbers.history, numbers.tokens, numbers.slots)
+    def _fill(self, numbers: _Numbers, shape: Shape, requests: Sequence[Held]) -> None:
+        """Write the requests' numbers (host)."""
+        table, offsets, lens, tokens, slots = (
+            part.numpy() for part in (numbers.table, numbers.offsets, numbers.lens, numbers.tokens, numbers.slots)
         )  # fmt: skip
-        limit, start, rows = self.model.config.token_limit, 0, []
         slots.fill(-1)
+        items, end = tokens[shape.tails :].reshape(shape.users, shape.count), 0
         for b, request in enumerate(requests):
             held = [block.block_id for block in (*request.blocks, *request.borrowed)]
             table[b, : len(held)] = held
-            first, end = start + request.tail, start + request.rows
-            tokens[start:first] = request.history[len(request.history) - request.tail :]
-            tokens[first:end] = request.items
-            tokens[first:end] += limit
-            history[b] = len(request.history)
-            if shape.writes:
-                own = np.array(held[len(request.blocks) :], dtype=np.int32)[:, None] * self.page + np.arange(self.page)
-                slots[start:end] = own.ravel()[: request.rows]
-                offsets[b + 1 :] = end
-                lens[b] = len(request.history) + len(request.items)
-            rows.append(slice(first, end))
-            start = end if shape.writes else start + shape.count
-        if not shape.writes:  # every user has as many rows
-            offsets[:] = np.arange(shape.users + 1) * shape.count
-            lens[:] = history + shape.count
-        return rows
+            lens[b] = len(request.history)
+            items[b, : len(request.items)] = request.items
+            if request.tail:
+                start, end = end, end + len(request.tail)
+                tokens[start:end] = request.tail
+                slots[start:end] = held[-1] * self.page + np.arange(len(request.tail))
+            offsets[b + 1 :] = end
+        items += self.model.config.token_limit
 
     def _step(self, numbers: _Numbers, shape: Shape) -> Tensor:
-        """Probabilities (T, 3) of the step's rows."""
-        if shape.writes:
-            metadata = HSTUMetadata(
-                num_tokens=len(numbers.tokens), query_offsets=numbers.offsets, seq_lens=numbers.lens, block_table=numbers.table,
-                slots=numbers.slots.long(),
-            )  # fmt: skip
-            with override_forward_context(create_forward_context(metadata, self.vllm_config)):
-                hidden = self.model(numbers.tokens, None)
-        else:
-            hidden = self.model.against_cache(
-                numbers.tokens, numbers.table, numbers.offsets, numbers.lens, numbers.history, shape.count
-            )
-        return self.model.heads(hidden).float().sigmoid()
+        """Probabilities (B x count, 3) of the step's candidates."""
+        model, slots, tails = self.model, self.model.slots, shape.tails
+        caches = [attention.kv_cache for attention in model.attention]
+        x, gaps, items = self._encode(numbers.tokens)
+        table, lens = numbers.table, numbers.lens
+        where = table, numbers.offsets, lens
+        step = HSTUMetadata(tails, numbers.offsets, lens, table, numbers.slots.long())
+        if tails:
+            slots.note(gaps[:tails], items[:tails], step, caches[0])
+        last = (lens - 1).clamp(min=0).long()
+        block = table.gather(1, (last // self.page).unsqueeze(1)).squeeze(1).long()
+        times = slots.times.view(-1)[block * self.page + last % self.page].repeat_interleave(
+            shape.count, output_size=shape.users * shape.count
+        )
+        offsets = torch.arange(shape.users + 1, dtype=torch.int32, device=self.device) * shape.count
+        after = table, offsets, lens + shape.count, lens
+        if slots.fused and not tails:
+            from hstu_lab.ops.triton_candidates import candidates_stack
+
+            hidden = candidates_stack(x, model.stack, caches, *after, times, slots.times, shape.count)
+            return model.heads(hidden).float().sigmoid()
+        common, buckets = {"divisor": model.config.max_seq_len, "slot_times": slots.times}, []
+
+        def attend(layer, q, k, v, bias):
+            keys, values = caches[layer].tensor_split(2, dim=-1)
+            own = k[tails:], v[tails:]
+            if tails:
+                slots.write_kv(k[:tails], v[:tails], caches[layer], step.slots)
+                before = model.ops.attention_paged(
+                    q[:tails], keys, values, *where, bias=bias, query_times=step.query_times, max_queries=self.page, **common
+                )  # fmt: skip
+            if slots.fused:
+                from hstu_lab.ops.triton_candidates import attention_candidates, time_buckets
+
+                if not buckets:  # the same for all layers
+                    buckets.append(time_buckets(bias, *after, times, slots.times))
+                scored = attention_candidates(
+                    q[tails:], keys, values, *after, *buckets, divisor=model.config.max_seq_len, bias=bias, own=own,
+                    max_queries=shape.count,
+                )  # fmt: skip
+            else:
+                scored = model.ops.attention_paged(
+                    q[tails:], keys, values, table, offsets, lens, bias=bias, query_times=times, candidates=own, **common
+                )  # fmt: skip
+            return torch.cat([before, scored]) if tails else scored
+
+        return model.heads(model.stack(x, attend)[tails:]).float().sigmoid()
+
+    def _encode(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """tokens (T,) -> the stack's input (T, d_model), gaps (T,) in seconds and items (T,)."""
+        model = self.model
+        if not model.slots.fused or model.encoder_tables is None:
+            return model.encode(tokens)
+        from hstu_lab.ops.triton_encoder import read_tokens
+
+        (x, gaps, items), encoder, ops = read_tokens(tokens, model.encoder_tables), model.encoder, model.ops
+        hidden = ops.layer_norm(x, encoder.norm.weight, encoder.norm.bias, encoder.norm.eps)
+        hidden = ops.project_silu(hidden, encoder.up.weight, encoder.up.bias)
+        return ops.project_residual(hidden, encoder.down.weight, encoder.down.bias, x), gaps, items
 
     @torch.inference_mode()
     def capture(self) -> None:
         """Capture the steps as CUDA graphs, after a run of each that compiles what it needs."""
         pool = torch.cuda.graph_pool_handle()
         counts = sorted({-(-self.most // part) for part in (1, 2, 4, 8)})
-        shapes = [Shape(users, count, writes) for users in (1, 2, 4, MOST_USERS) for count in counts for writes in (False, True)]
-        for shape in sorted(shapes, key=self._rows, reverse=True):
-            host = _Numbers(shape.users, self._pages, self._rows(shape))
+        shapes = [
+            Shape(users, count, tails) for users in (1, 2, 4, MOST_USERS) for count in counts for tails in (0, users * self.page)
+        ]
+        for shape in sorted(shapes, key=lambda s: -s.rows):
+            host, numbers = _Numbers(shape, self._pages), _Numbers(shape, self._pages, device=self.device)
             self._fill(host, shape, [])
-            numbers = _Numbers(shape.users, self._pages, self._rows(shape), device=self.device)
             numbers.all.copy_(host.all)
             self._step(numbers, shape)
             torch.cuda.synchronize()

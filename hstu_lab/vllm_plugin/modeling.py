@@ -132,6 +132,11 @@ class HSTUForRecommendation(nn.Module):
         x = self.encoder(self.tables(tokens), action, self.level_bucket[level])
         return x, level.masked_fill(is_candidate, CANDIDATE), item
 
+    def encode(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (T,), or embeddings (T, d_model + 5), -> the stack's input (T, d_model), gaps (T,) in seconds and items (T,)."""
+        x, level, item = self._read(input_ids) if inputs_embeds is None else detach_token(inputs_embeds)
+        return x, self.level_seconds[level.clamp(0, self.config.num_time_levels - 1)].masked_fill(level < 0, CANDIDATE), item
+
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Packed tokens (T,) -> (T, d_model + 5), the form of prompt embeddings."""
         return attach_token(*self._read(input_ids))
@@ -149,8 +154,7 @@ class HSTUForRecommendation(nn.Module):
 
             x, gaps, item = encode_tokens(input_ids, self.encoder_tables, self.encoder)
         else:
-            x, level, item = self._read(input_ids) if inputs_embeds is None else detach_token(inputs_embeds)
-            gaps = self.level_seconds[level.clamp(0, self.config.num_time_levels - 1)].masked_fill(level < 0, CANDIDATE)
+            x, gaps, item = self.encode(input_ids, inputs_embeds)
         if metadata is not None:
             count = metadata.num_tokens
             self.slots.note(gaps[:count], item[:count], metadata, self.attention[0].kv_cache)
@@ -201,19 +205,6 @@ class HSTUForRecommendation(nn.Module):
         for layer, attention in zip(self.stack.layers, self.attention):
             x = decode_layer(x, layer, attention.kv_cache, metadata.slots, where, plan, divisor=self.config.max_seq_len)
         return self.ops.layer_norm(x, self.stack.final_norm.weight, self.stack.final_norm.bias, self.config.norm_eps)
-
-    def against_cache(
-        self, input_ids: Tensor, block_table: Tensor, query_offsets: Tensor, seq_lens: Tensor, history_lens: Tensor, count: int
-    ) -> Tensor:
-        """Hidden states (T, d_model) of B x `count` candidates (tokens (T,)) whose histories are cached; nothing is written."""
-        from hstu_lab.ops.triton_candidates import candidates_stack
-
-        page, last = self.slots.times.shape[1], (history_lens - 1).clamp(min=0).long()
-        block = block_table.gather(1, (last // page).unsqueeze(1)).squeeze(1).long()
-        times = self.slots.times.view(-1)[block * page + last % page].repeat_interleave(count, output_size=len(input_ids))
-        caches = [attention.kv_cache for attention in self.attention]
-        where = block_table, query_offsets, seq_lens, history_lens
-        return candidates_stack(self._read(input_ids)[0], self.stack, caches, *where, times, self.slots.times, count)
 
     def task_logits(self, slots: Tensor) -> Tensor:
         """Logits (S, 3) of the tasks for the candidates in those slots (S,)."""
