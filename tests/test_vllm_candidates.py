@@ -9,6 +9,7 @@ import torch
 from hstu_lab.model import load_checkpoint
 from hstu_lab.tokens import encode_history
 from hstu_lab.vllm_engine import Engine, EngineError, EngineOptions
+from hstu_lab.vllm_load import random_checkpoint, random_histories, serving_config
 
 pytestmark = pytest.mark.timeout(120)
 TINY_BLOCK = 2 * 16 * 2 * (16 + 16) * 4
@@ -71,20 +72,26 @@ def test_scores_lists_and_slates_share_steps_and_prefixes(tiny_checkpoint, tiny_
 
 @pytest.mark.gpu
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("cached_scores", [True, False])
-def test_scores_by_kernels_and_graphs(tiny_checkpoint, case, cached_scores):
+def test_scores_by_kernels_and_graphs(tmp_path):
     """Histories with a tail and without one, in groups for which there is a graph and for which there is none."""
-    tokens, candidates, expected = case
+    config = serving_config("tiny")
+    folder = random_checkpoint(config, tmp_path / "tiny", torch.float32)
+    prompts = [random_histories(config, 1, length, length)[0] for length in (1, 14, 15, 16, 31, 32, 40, 47, 48, 53)]
+    lists = [random.Random(i).sample(range(1, config.num_items), 40) for i in range(10)]
+    with Engine(folder, EngineOptions(kv_cache_memory_bytes=200 * TINY_BLOCK, cached_scores=False)) as engine:
+        expected = engine.score(prompts, lists)
     options = {"ops": "triton", "cuda_graphs": "FULL", "graph_tokens": 64, "prompt_embeds": False, "micro_batch": 40}
-    options = EngineOptions(kv_cache_memory_bytes=200 * TINY_BLOCK, cached_scores=cached_scores, **options)
-    with Engine(tiny_checkpoint, options) as engine:
-        for count in (40, 13):
-            lists = [c[:count] for c in candidates]
-            for got, wanted in zip(engine.score(tokens, lists), expected, strict=True):
-                torch.testing.assert_close(got, wanted[:count], atol=2e-5, rtol=1e-4)
-            for few in (1, 3, 10):
-                for got, wanted in zip(engine.score(tokens[-few:], lists[-few:]), expected[-few:], strict=True):
-                    torch.testing.assert_close(got, wanted[:count], atol=2e-5, rtol=1e-4)
+    with Engine(folder, EngineOptions(kv_cache_memory_bytes=200 * TINY_BLOCK, **options)) as engine:
+        engine.score(prompts, lists)
+        ours = engine._cached_scores
+        for scores in (ours, None):
+            engine._cached_scores = scores
+            for count in (40, 13):
+                for users in (range(10), [3], [3, 5, 8], [9], [0, 4, 9]):
+                    got = engine.score([prompts[i] for i in users], [lists[i][:count] for i in users])
+                    for i, chances in zip(users, got, strict=True):
+                        torch.testing.assert_close(chances, expected[i][:count], atol=2e-5, rtol=1e-4)
+        assert len(ours._graphs) == 32
 
 
 @pytest.fixture
