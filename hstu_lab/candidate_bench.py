@@ -5,18 +5,26 @@ Parts of `hstu_lab.vllm_bench` and `hstu_lab.decode_bench`, which write the reco
 
 from __future__ import annotations
 
+import itertools
 import random
+import threading
+import time
 import traceback
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hstu_lab import measure, ops
 from hstu_lab.measure import Measurement, Record
 from hstu_lab.model import HSTUStack
+from hstu_lab.tokens import pack
 from hstu_lab.vllm_engine import Engine
 from hstu_lab.vllm_load import random_histories, seconds_of, serving_config
+
+IN_FLIGHT = 32
+"""Users that wait in each engine while candidates are its load."""
 
 
 class CachedUsers:
@@ -69,14 +77,11 @@ class CachedUsers:
 
     def score(self, first: int, count: int) -> Tensor:
         """The same for rows that are all candidates: nothing of them is written to the cache, since nobody reads it."""
-        from hstu_lab.ops.triton_candidates import candidates_layer, time_buckets
+        from hstu_lab.ops.triton_candidates import candidates_stack
 
         x, _, times, offsets, seq_lens, history = self.step(first, count)
-        stack, where = self.stack, (self.table, offsets, seq_lens, history)
-        buckets = time_buckets(stack.layers[0].bias, *where, times, self.slot_times)
-        for layer, cache in zip(stack.layers, self.caches):
-            x = candidates_layer(x, layer, cache, *where, buckets, divisor=stack.config.max_seq_len, max_queries=count)
-        x = stack.ops.layer_norm(x, stack.final_norm.weight, stack.final_norm.bias, stack.config.norm_eps)
+        where = self.table, offsets, seq_lens, history
+        x = candidates_stack(x, self.stack, self.caches, *where, times, self.slot_times, count)
         return x.unflatten(0, (self.users, count))
 
 
@@ -130,31 +135,81 @@ def candidates(record: Record, ready: Callable[[], None] = lambda: None) -> None
 
 
 def engine_candidates(engine: Engine, history: int = 1024, count: int = 512, micro: int = 64) -> tuple[list[Measurement], float]:
-    """512 candidates after 1,024 events through the engine; and the largest difference of cached and fresh scores."""
-    found = []
+    """512 candidates after 1,024 events through the engine, for one user and for eight at once; and the largest difference of
+    cached and fresh scores. Histories of whole pages have nothing to compute but candidates; of others, the events behind the
+    last page come along."""
+    found, users, page = [], 8, engine.engine.vllm_config.cache_config.block_size
 
     def note(name: str, samples) -> None:
-        found.append(Measurement(f"engine {count} candidates N={history} {name}", samples))
+        found.append(Measurement(f"engine {count} candidates {name}", samples))
         print(found[-1], flush=True)
 
-    prompts = random_histories(engine.config, 12, history, 7)
-    items = [random.Random(i).sample(range(1, engine.config.num_items), count) for i in range(11)]
-    fresh = engine.score(prompts[:1], items[:1])[0]
-    cached = engine.score(prompts[:1], items[:1])[0]
-    for size in (count, micro):
-        engine.micro_batch = size
-        turn = iter(items)
-        note(f"cached, {size} at a time", seconds_of(lambda: engine.score(prompts[:1], [next(turn)]), 10))  # noqa: B023
-    engine.micro_batch, others = count, iter(prompts[1:])
-    note("one pass", seconds_of(lambda: engine.score([next(others)], items[:1]), 10))
+    items = [random.Random(i).sample(range(1, engine.config.num_items), count) for i in range(20)]
+    prompts = random_histories(engine.config, users, history, 7)
+    fresh, cached = (torch.stack(engine.score(prompts, items[:users])) for _ in range(2))
+    for length in (history, history - page // 2):
+        known = [prompt[:length] for prompt in prompts]
+        engine.topk(known, [[]] * users, 1)
+        for at_once in (1, users):
+            for size in (count, micro) if at_once == 1 and length == history else (count,):
+                turn, engine.micro_batch = iter(items), size
+                send = lambda: engine.score(known[:at_once], [next(turn)] * at_once)  # noqa: B023, E731
+                send()
+                note(f"N={length} users={at_once} cached, {size} at a time", seconds_of(send, len(items) - 1))
+    engine.micro_batch = count
+    for at_once, repeats in ((1, 20), (users, 6)):
+        others = iter(random_histories(engine.config, (repeats + 1) * at_once, history, 8))
+        send = lambda: engine.score([next(others) for _ in range(at_once)], items[:at_once])  # noqa: B023, E731
+        send()
+        note(f"N={history} users={at_once} one pass", seconds_of(send, repeats))
 
     def again() -> None:
         for first in range(0, count, micro):
             engine.reset_prefix_cache()
             engine.score(prompts[:1], [items[0][first : first + micro]])
 
-    note(f"history again for each {micro}", seconds_of(again, 3))
+    note(f"N={history} users=1 history again for each {micro}", seconds_of(again, 3))
     return found, (cached - fresh).abs().max().item()
+
+
+def candidates_load(
+    engine: Engine, cached: bool, history: int = 1024, count: int = 512, seconds: float = 1.5, margin: float = 0.5
+) -> float:
+    """Users a second whose candidates are scored while IN_FLIGHT wait: the same ones, who are cached, or each a new one.
+
+    Counted for `seconds` between margins in which the load is on as well, so that engines told together load the GPU together.
+    """
+    config, draw = engine.config, random.Random(history)
+    prompts = random_histories(config, IN_FLIGHT, history, 9)
+    items = [np.array(draw.sample(range(1, config.num_items), count)) for _ in prompts]
+    engine.topk(prompts, [[]] * IN_FLIGHT, 1)
+    turn, done, errors, left, finished = itertools.count(), [], [], [IN_FLIGHT], threading.Event()
+    start = time.perf_counter() + margin
+
+    def send() -> None:
+        number = next(turn)
+        prompt = prompts[number % IN_FLIGHT]
+        if not cached:  # a first event of its own makes every block behind it new
+            first = pack(1 + number % (config.num_items - 1), 1, number // config.num_items % config.num_time_levels, config)
+            prompt = [first, *prompt[1:]]
+        engine.submit_score(prompt, items[number % IN_FLIGHT]).add_done_callback(heard)
+
+    def heard(future) -> None:
+        done.append(time.perf_counter())
+        errors.extend(filter(None, [future.exception()]))
+        if done[-1] < start + seconds + margin and not errors:
+            send()
+            return
+        left[0] -= 1
+        if not left[0]:
+            finished.set()
+
+    for _ in prompts:
+        send()
+    finished.wait()
+    if errors:
+        raise errors[0]
+    return sum(start <= now < start + seconds for now in done) / seconds
 
 
 def stack_process(connection) -> None:

@@ -337,6 +337,16 @@ class Bench:
         found, difference = self.group.tell("candidates", *self.sizes, first_only=True)[0]
         keep(record, found)
         record.data["engine scores: cached against fresh, largest difference"] = difference
+        history, count, _ = self.sizes
+        for engines in sorted({1, len(self.group.members)}):
+            rates: dict[str, list[float]] = {"cached": [], "one pass": []}
+            for turn in range(4):  # the first compiles; then by turns, so that the GPU's clock is the same for both
+                for way, seen in rates.items():
+                    order = "candidates_load", way == "cached", history, count, self.seconds
+                    rate = sum(self.group.tell(*order, first_only=engines == 1))
+                    seen.extend([rate] * (turn > 0))
+            record.data[f"users/s at saturation, {engines} engine{'s' * (engines > 1)}"] = rates
+            print(f"{engines} engines: {rates}", flush=True)
 
     def half(self) -> None:
         self._load("half", self.telling_cells, self.seconds, half=True)

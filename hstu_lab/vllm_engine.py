@@ -6,6 +6,7 @@ that concurrent requests share batches (continuous batching).
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -20,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,6 +29,9 @@ from torch import Tensor
 
 from hstu_lab.config import TASKS, ModelConfig
 from hstu_lab.model import load_config
+
+if TYPE_CHECKING:
+    from hstu_lab.vllm_plugin.cached_scores import Launched
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -73,6 +78,7 @@ class EngineOptions:
     most `graph_tokens` are, whatever their mixture of prompts and single tokens). `prompt_embeds` lets prompts be tensors, which
     keeps the encoder out of the graphs. `micro_batch` is the most candidates that one request of vLLM scores. `fused_slates`: the
     device generates a whole slate in one step of the engine (one GPU; prompts of tokens); otherwise every item is a step.
+    `cached_scores`: candidates whose history is cached are scored beside vLLM's scheduler (one GPU), otherwise as prompt tokens.
     """
 
     kv_cache_memory_bytes: int = 256 << 20
@@ -88,6 +94,7 @@ class EngineOptions:
     tensor_parallel_size: int = 1
     micro_batch: int = 128
     fused_slates: bool = True
+    cached_scores: bool = True
     graph_tokens: int = 2048
 
 
@@ -115,10 +122,11 @@ def loop_sizes(options: EngineOptions) -> list[int]:
 
 def micro_batch(config: ModelConfig, options: EngineOptions) -> int:
     """Most candidates of one request of vLLM."""
-    most = min(options.micro_batch, (config.num_items - 1) // len(TASKS))
     if options.enable_chunked_prefill:
-        return most
-    return max(min(most, options.max_num_batched_tokens - config.max_seq_len - 1), 0)  # a request must fit into one step
+        return options.micro_batch
+    return max(
+        min(options.micro_batch, options.max_num_batched_tokens - config.max_seq_len - 1), 0
+    )  # a request must fit into one step
 
 
 def room(config: ModelConfig, options: EngineOptions) -> int:
@@ -133,7 +141,7 @@ def engine_arguments(checkpoint: str | pathlib.Path, options: EngineOptions) -> 
 
     register()
     arguments = dataclasses.asdict(options)
-    for own in ("micro_batch", "fused_slates"):
+    for own in ("micro_batch", "fused_slates", "cached_scores"):
         del arguments[own]
     ops, embeds = arguments.pop("ops"), arguments.pop("prompt_embeds")
     most, graphs = min(arguments.pop("graph_tokens"), options.max_num_batched_tokens), arguments.pop("cuda_graphs")
@@ -189,10 +197,20 @@ class Engine:
             self.engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(checkpoint, options), **memory))
             _open_engines += 1
             self.engine.collective_rpc("use_recommendation_sampler", args=(loop_sizes(options),))
+            self._cached_scores = None
+            if options.cached_scores and options.enable_prefix_caching and self.in_process and self.micro_batch:
+                from hstu_lab.vllm_plugin.cached_scores import CachedScores
+
+                self._cached_scores = CachedScores(self.engine.engine_core.engine_core, self.micro_batch)
+                if options.cuda_graphs != "NONE":
+                    self._cached_scores.capture()
         self._ids = itertools.count()
         self._wake = threading.Condition()
         self._incoming: list[_Waiting] = []
         self._waiting: dict[str, _Waiting] = {}
+        self._scoring: dict[str, _Waiting] = {}
+        self._to_score: collections.deque[_Waiting] = collections.deque()
+        self._begun: tuple[list[_Waiting], Launched] | None = None
         self._aborted: set[str] = set()
         self._turns = threading.Lock()
         self._closed = self._held = False
@@ -239,24 +257,20 @@ class Engine:
     def submit_score(self, prompt: list[int], candidates: Sequence[int]) -> concurrent.futures.Future[Tensor]:
         """Probabilities (C, 3) of engagement, retention and monetization for items (table rows) after the prompt (tokens).
 
-        Raises EngineError for what is no item, for a prompt that is no list of tokens, and where step or catalog have no room.
+        Raises EngineError for what is no item, for a prompt that is no list of tokens, and where a step has no room.
         """
-        if candidates and not self.micro_batch:
-            if self.config.num_items <= len(TASKS):
-                few = f"the catalog's {self.config.num_items} rows have no room for {len(TASKS)} scores and a zero"
-                raise EngineError(f"{few}: score its items outside of vLLM")
+        items = np.asarray(candidates)
+        if len(items) and not self.micro_batch:
             raise EngineError("no candidate fits into a step: raise max_num_batched_tokens, or enable_chunked_prefill")
-        return _joined([self._submit_part(prompt, part) for part in _parts(list(candidates), self.micro_batch or 1)])
-
-    def _submit_part(self, prompt: list[int], items: list[int]) -> concurrent.futures.Future[Tensor]:
-        from hstu_lab.vllm_plugin import candidates
-
-        if isinstance(prompt, Tensor) or not all(0 <= item < self.config.num_items for item in items):
+        known = not len(items) or (items.dtype.kind in "iu" and items.min() >= 0 and items.max() < self.config.num_items)
+        if isinstance(prompt, Tensor) or items.ndim != 1 or not known:
             raise EngineError(f"candidates are table rows from 0 to {self.config.num_items - 1} after a prompt of tokens")
-        number = next(self._ids)
-        body = candidates.prompt(prompt, items, number, self.config)
-        params = self._params(1, candidates.columns(len(items)), candidates=len(items))
-        return self._enqueue(number, body, params, functools.partial(_scores, count=len(items)))
+        size = self.micro_batch or 1
+        return _joined([self._submit_part(prompt, items[i : i + size].astype(np.int32)) for i in range(0, len(items), size)])
+
+    def _submit_part(self, prompt: list[int], items: np.ndarray) -> concurrent.futures.Future[Tensor]:
+        read = functools.partial(_scores, count=len(items))
+        return self._enqueue(next(self._ids), list(prompt), None, read, items)
 
     def _submit(self, prompt, seen, max_tokens: int, logprobs: int, read: Callable) -> concurrent.futures.Future[Generated]:
         room = self.config.max_seq_len - max_tokens + 1
@@ -279,9 +293,11 @@ class Engine:
             extra_args=extra, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True,
         )  # fmt: skip
 
-    def _enqueue(self, number: int, prompt: list[int] | Tensor, params, read: Callable) -> concurrent.futures.Future:
+    def _enqueue(
+        self, number: int, prompt: list[int] | Tensor, params, read: Callable, candidates: np.ndarray | None = None
+    ) -> concurrent.futures.Future:
         """A future of what `read` makes of vLLM's output."""
-        waiting = _Waiting(f"request-{number}", prompt, params, read, concurrent.futures.Future())
+        waiting = _Waiting(number, prompt, params, read, concurrent.futures.Future(), candidates)
         with self._wake:
             if self._closed or self._failure:
                 raise EngineError(f"the vLLM engine is not running ({self._failure or 'closed'}); make a new one")
@@ -306,7 +322,7 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not ((self._incoming or self._waiting or self._closed) and not self._held):
+                while not ((self._incoming or self._waiting or self._scoring or self._closed) and not self._held):
                     self._wake.wait()
                 if self._closed:
                     break
@@ -317,25 +333,73 @@ class Engine:
                 with self._wake:
                     self._failure = error
                     left, self._incoming = self._incoming, []
-                for waiting in (*self._waiting.values(), *left):
-                    waiting.fail(f"the vLLM engine stopped: {error}")
-                self._waiting.clear()
+                self._fail(left, f"the vLLM engine stopped: {error}")
                 return
-        for waiting in (*self._waiting.values(), *self._incoming):
-            waiting.fail("the vLLM engine was closed before the request was answered")
+        self._fail(self._incoming, "the vLLM engine was closed before the request was answered")
+
+    def _fail(self, incoming: list[_Waiting], why: str) -> None:
+        for waiting in (*self._waiting.values(), *self._scoring.values(), *incoming):
+            waiting.fail(why)
+        self._waiting.clear(), self._scoring.clear()
 
     def turn(self) -> bool:
-        """Hand new requests to vLLM, let it make one step and answer what is finished; False when nobody waits."""
+        """Begin a step for candidates, hand other new requests to vLLM for one of its steps, and answer what is finished; False
+        when nobody waits."""
         with self._wake:
             incoming, self._incoming = self._incoming, []
             aborted, self._aborted = self._aborted, set()
         if gone := [request_id for request_id in aborted if self._waiting.pop(request_id, None)]:
             self.engine.engine_core.abort_requests(gone)
+        for request_id in aborted:
+            self._scoring.pop(request_id, None)
         for waiting in incoming:
-            if waiting.request_id not in aborted:
+            if waiting.request_id in aborted:
+                continue
+            if waiting.candidates is None or self._cached_scores is None:
                 self._add(waiting)
-        if not self._waiting:
+            else:
+                self._scoring[waiting.request_id] = waiting
+                self._to_score.append(waiting)
+        if not (self._waiting or self._scoring):
             return False
+        begun = self._begin_scores()
+        if self._waiting:
+            self._step()
+        if self._begun:
+            self._answer_scores(*self._begun)
+        self._begun = begun
+        if begun and not (self._incoming or self._to_score):  # otherwise it runs while the next one is prepared
+            self._begun = None
+            self._answer_scores(*begun)
+        return True
+
+    def _begin_scores(self) -> tuple[list[_Waiting], Launched] | None:
+        """Begin a step for candidates whose histories are cached; those of other histories become vLLM's."""
+        scores, users, held = self._cached_scores, [], []
+        while self._to_score and len(users) < scores.most_users:
+            waiting = self._to_score.popleft()
+            if waiting.request_id not in self._scoring:
+                continue
+            try:
+                needs = scores.hold(waiting.prompt, waiting.candidates)
+            except TypeError:  # the prompt is not made of numbers, as vLLM will say
+                needs = None
+            if needs is None:
+                del self._scoring[waiting.request_id]
+                self._add(waiting)
+            else:
+                users.append(waiting), held.append(needs)
+        if not users:
+            return None
+        with _STEP:
+            return users, scores.launch(held)
+
+    def _answer_scores(self, users: list[_Waiting], launched: Launched) -> None:
+        for waiting, chances in zip(users, launched.answers()):
+            if self._scoring.pop(waiting.request_id, None):
+                waiting.finish(chances)
+
+    def _step(self) -> None:
         # The core itself: vLLM's front end, one request's lists of Python objects after another, costs as much as the step.
         with _STEP:
             outputs = self.engine.engine_core.get_output()
@@ -355,7 +419,6 @@ class Engine:
                 waiting.finish()
         if metrics:
             metrics.record()
-        return True
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -382,6 +445,8 @@ class Engine:
         """vLLM's form of the request, of which its own front end would check and copy much that is known here."""
         from vllm.v1.engine import EngineCoreRequest
 
+        if waiting.candidates is not None:
+            self._as_tokens(waiting)
         prompt, params = waiting.prompt, waiting.params
         if isinstance(prompt, Tensor):
             tasks = self.engine.get_supported_tasks()
@@ -396,6 +461,13 @@ class Engine:
         return EngineCoreRequest(
             waiting.request_id, prompt, None, params, None, waiting.arrival, None, None, None, external_req_id=waiting.request_id
         )
+
+    def _as_tokens(self, waiting: _Waiting) -> None:
+        from hstu_lab.vllm_plugin import candidates
+
+        items = waiting.candidates.tolist()
+        waiting.prompt = candidates.prompt(waiting.prompt, items, waiting.number, self.config)
+        waiting.params = self._params(1, len(TASKS) * len(items) - 1, candidates=len(items))
 
     def abort(self, request_ids: set[str]) -> None:
         """Stop working on the requests that vLLM knows by these ids and free their blocks; their futures stay unanswered."""
@@ -436,26 +508,32 @@ class Engine:
 class _Waiting:
     """A request on its way: what vLLM said of it so far, and who waits for what `read` makes of it.
 
-    `best` holds, for every token, the ids and log-probabilities that came with it, the token's own first.
+    `best` holds, for every token, the ids and log-probabilities that came with it, the token's own first. `candidates` (C,) are
+    to be scored after the prompt, which has them as tokens once the request is vLLM's.
     """
 
-    request_id: str
+    number: int
     prompt: list[int] | Tensor
     params: object
     read: Callable[[_Waiting], object]
     future: concurrent.futures.Future
+    candidates: np.ndarray | None = None
     tokens: list[int] = dataclasses.field(default_factory=list)
     best: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
     cached: int = 0
     arrival: float = dataclasses.field(default_factory=time.time)
     stats: object = None
 
-    def finish(self) -> None:
-        """Answer, unless whoever asked has cancelled."""
+    @property
+    def request_id(self) -> str:
+        return f"request-{self.number}"
+
+    def finish(self, answer: object = None) -> None:
+        """Answer, by what vLLM said where nothing is given, unless whoever asked has cancelled."""
         if not self.future.set_running_or_notify_cancel():
             return
         try:
-            self.future.set_result(self.read(self))
+            self.future.set_result(self.read(self) if answer is None else answer)
         except Exception as error:
             self.future.set_exception(EngineError(f"vLLM's answer cannot be read: {error!r}"))
 
@@ -514,16 +592,9 @@ def _slate_of_steps(answer: _Waiting) -> Generated:
 
 
 def _scores(answer: _Waiting, count: int) -> Tensor:
-    """Probabilities (count, 3) from the log-probabilities of what `TaskScores` wrote: differences to the zero behind them."""
-    entries = count * len(TASKS) + 1
-    ids, scores = (torch.from_numpy(rows[0][: entries + 1]) for rows in answer.best[0])
-    row = torch.full((entries,), torch.nan)
-    row[ids.long()] = scores
-    return (row[:-1] - row[-1]).view(count, len(TASKS)).sigmoid()
-
-
-def _parts(items: list[int], size: int) -> list[list[int]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
+    """Probabilities (count, 3) from the logits that `TaskScores` wrote."""
+    scores = answer.best[0][1]
+    return torch.from_numpy(scores[0][: count * len(TASKS)]).view(count, len(TASKS)).sigmoid()
 
 
 def _joined(parts: list[concurrent.futures.Future[Tensor]]) -> concurrent.futures.Future[Tensor]:

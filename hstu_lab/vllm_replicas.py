@@ -166,13 +166,14 @@ def replica(
 
 def _obey(connection, engine: Engine, number: int, warm_users: int, compiled: list[tuple[float, str]]) -> None:
     from hstu_lab import vllm_bench
-    from hstu_lab.candidate_bench import engine_candidates
+    from hstu_lab.candidate_bench import candidates_load, engine_candidates
 
     nulls = contextlib.ExitStack()
     orders = {
         "step": lambda suffix="": vllm_bench.step(engine, suffix),
         "profiles": lambda: vllm_bench.profiles(engine),
         "candidates": lambda *sizes: engine_candidates(engine, *sizes),
+        "candidates_load": lambda *how: candidates_load(engine, *how),
         "lists": lambda prompts: [[g.items for g in send(prompts, [[]] * len(prompts), k)]
                                   for send, k in ((engine.topk, 20), (engine.slate, 10))],
         "null": lambda: nulls.enter_context(vllm_bench.null(engine)),

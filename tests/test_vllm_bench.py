@@ -84,6 +84,10 @@ def test_every_part_is_measured_and_one_can_be_measured_again(folder, tmp_path, 
         assert row["engines"]["replicas"] == 2
     assert loads.data["table"]["topk history=24 cold"]["x1"]["replicas"] == 1
     assert candidates.data["engine scores: cached against fresh, largest difference"] < 1e-5
+    for engines in ("1 engine", "2 engines"):
+        for seen in candidates.data[f"users/s at saturation, {engines}"].values():
+            assert len(seen) == 3
+            assert min(seen) > 0
     assert set(steps.data["parts"]) == set(PARTS)
 
     def broken(self):

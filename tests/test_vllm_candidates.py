@@ -1,11 +1,15 @@
 """Candidate scoring through the real engine: scores equal to one pass of the ranker, however vLLM cuts, shares and evicts."""
 
+import contextlib
+import random
+
 import pytest
 import torch
 
 from hstu_lab.model import load_checkpoint
 from hstu_lab.tokens import encode_history
 from hstu_lab.vllm_engine import Engine, EngineError, EngineOptions
+from hstu_lab.vllm_load import random_checkpoint, random_histories, serving_config
 
 pytestmark = pytest.mark.timeout(120)
 TINY_BLOCK = 2 * 16 * 2 * (16 + 16) * 4
@@ -36,10 +40,11 @@ def case(tiny_model, tiny_world):
         {},
         {"micro_batch": 7, "prompt_embeds": False},
         {"enable_prefix_caching": False},
+        {"cached_scores": False},
         {"max_num_batched_tokens": 24, "max_num_seqs": 8, "micro_batch": 40},
         {"max_num_batched_tokens": 80, "enable_chunked_prefill": False},
     ],
-    ids=["default", "micro-batches", "no-prefix-cache", "chunked", "never-chunked"],
+    ids=["default", "micro-batches", "no-prefix-cache", "all-by-vllm", "chunked", "never-chunked"],
 )
 def test_scores_are_those_of_one_pass(tiny_checkpoint, case, options):
     tokens, candidates, expected = case
@@ -65,26 +70,172 @@ def test_scores_lists_and_slates_share_steps_and_prefixes(tiny_checkpoint, tiny_
             assert slate.result().items == alone[1][i].items
 
 
-def test_a_cached_history_is_not_computed_again(tiny_checkpoint, case, monkeypatch):
-    """53 tokens are cached after a first pass: what scoring schedules is the rest of the last block, the mark, the candidates."""
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+def test_scores_by_kernels_and_graphs(tmp_path):
+    """Histories with a tail and without one, in groups for which there is a graph and for which there is none."""
+    config = serving_config("tiny")
+    folder = random_checkpoint(config, tmp_path / "tiny", torch.float32)
+    prompts = [random_histories(config, 1, length, length)[0] for length in (1, 14, 15, 16, 31, 32, 40, 47, 48, 53)]
+    lists = [random.Random(i).sample(range(1, config.num_items), 40) for i in range(10)]
+    with Engine(folder, EngineOptions(kv_cache_memory_bytes=200 * TINY_BLOCK, cached_scores=False)) as engine:
+        expected = engine.score(prompts, lists)
+    options = {"ops": "triton", "cuda_graphs": "FULL", "graph_tokens": 64, "prompt_embeds": False, "micro_batch": 40}
+    with Engine(folder, EngineOptions(kv_cache_memory_bytes=200 * TINY_BLOCK, **options)) as engine:
+        engine.score(prompts, lists)
+        ours = engine._cached_scores
+        for scores in (ours, None):
+            engine._cached_scores = scores
+            for count in (40, 13):
+                for users in (range(10), [3], [3, 5, 8], [9], [0, 4, 9]):
+                    got = engine.score([prompts[i] for i in users], [lists[i][:count] for i in users])
+                    for i, chances in zip(users, got, strict=True):
+                        torch.testing.assert_close(chances, expected[i][:count], atol=2e-5, rtol=1e-4)
+        assert len(ours._graphs) == 32
+
+
+@pytest.fixture
+def scheduled(monkeypatch):
+    """Tokens of each step that vLLM's scheduler makes."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    scheduled, schedule = [], Scheduler.schedule
+    seen, schedule = [], Scheduler.schedule
 
     def noting(self, *args, **kwargs):
         out = schedule(self, *args, **kwargs)
-        scheduled.append(out.total_num_scheduled_tokens)
+        seen.append(out.total_num_scheduled_tokens)
         return out
 
     monkeypatch.setattr(Scheduler, "schedule", noting)
+    return seen
+
+
+@contextlib.contextmanager
+def launches(engine):
+    """The steps for cached histories inside: each one's requests."""
+    scores, seen = engine._cached_scores, []
+    launch = scores.launch
+    scores.launch = lambda requests: seen.append(list(requests)) or launch(requests)
+    try:
+        yield seen
+    finally:
+        del scores.launch
+
+
+@pytest.mark.parametrize("cached_scores", [True, False])
+def test_a_cached_history_is_not_computed_again(tiny_checkpoint, case, scheduled, cached_scores):
+    """54 tokens are cached after a first pass: what scoring computes is the rest of the last block and the candidates; as tokens
+    of vLLM's, also a mark."""
     tokens, candidates, _ = case
-    with Engine(tiny_checkpoint, EngineOptions(kv_cache_memory_bytes=120 * TINY_BLOCK)) as engine:
+    options = EngineOptions(kv_cache_memory_bytes=120 * TINY_BLOCK, cached_scores=cached_scores)
+    with Engine(tiny_checkpoint, options) as engine:
         engine.topk(tokens[-1:], [[]], 5)
         assert sum(scheduled) == len(tokens[-1]) == 54
         for _ in range(2):
             scheduled.clear()
-            engine.score(tokens[-1:], candidates[-1:])
-            assert sum(scheduled) == 54 % 16 + 1 + 40
+            if cached_scores:
+                with launches(engine) as seen:
+                    engine.score(tokens[-1:], candidates[-1:])
+                assert [(len(request.tail), len(request.items)) for [request] in seen] == [(54 % 16, 40)]
+                assert not scheduled
+            else:
+                engine.score(tokens[-1:], candidates[-1:])
+                assert sum(scheduled) == 54 % 16 + 1 + 40
+
+
+def test_many_users_share_a_step_and_every_block_comes_back(tiny_checkpoint, case):
+    tokens, candidates, expected = case
+    with Engine(tiny_checkpoint, EngineOptions(kv_cache_memory_bytes=200 * TINY_BLOCK)) as engine:
+        pool = engine._cached_scores.pool
+        engine.topk(tokens, [[]] * 10, 5)
+        free = pool.get_num_free_blocks()
+        with launches(engine) as seen, engine.held():
+            futures = [engine.submit_score(tokens[i % 10], candidates[i % 10]) for i in range(20)]
+            while engine.turn():
+                pass
+        for i, future in enumerate(futures):
+            torch.testing.assert_close(future.result(), expected[i % 10], atol=2e-6, rtol=1e-5)
+        assert [len(requests) for requests in seen] == [8, 8, 4]
+        assert pool.get_num_free_blocks() == free == 199  # vLLM keeps one for itself
+        assert not any(block.ref_cnt for block in pool.blocks[1:])
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_histories_that_are_evicted_are_computed_again(tiny_checkpoint, case, seed):
+    """Blocks for two or three users: borrowing evicts others' histories, never the request's own."""
+    tokens, candidates, expected = case
+    draw = random.Random(seed)
+    with Engine(tiny_checkpoint, EngineOptions(kv_cache_memory_bytes=16 * TINY_BLOCK, micro_batch=24)) as engine:
+        with launches(engine) as seen:
+            for _ in range(12):
+                burst = draw.sample(range(10), draw.randrange(1, 5))
+                others = [engine.submit_slate(tokens[i], [], 3) for i in burst[1:]]
+                scores = [engine.submit_score(tokens[i], candidates[i]) for i in burst]
+                for i, future in zip(burst, scores, strict=True):
+                    torch.testing.assert_close(future.result(), expected[i], atol=2e-6, rtol=1e-5)
+                for future in others:
+                    future.result()
+        assert len(seen) > 4
+        assert not any(block.ref_cnt for block in engine._cached_scores.pool.blocks[1:])
+
+
+def test_where_no_block_is_free_vllm_lets_the_candidates_wait(tiny_checkpoint, case, scheduled):
+    tokens, candidates, expected = case
+    with Engine(tiny_checkpoint, EngineOptions(kv_cache_memory_bytes=64 * TINY_BLOCK)) as engine:
+        engine.topk(tokens[-1:], [[]], 5)
+        pool = engine._cached_scores.pool
+        with engine.held(), launches(engine) as seen:
+            taken = pool.get_new_blocks(pool.get_num_free_blocks() - 3)  # those of the three pages
+            future = engine.submit_score(tokens[-1], candidates[-1])
+            engine.turn()
+            assert not seen
+            assert not future.done()
+            pool.free_blocks(taken)
+            while engine.turn():
+                pass
+        torch.testing.assert_close(future.result(), expected[-1], atol=2e-6, rtol=1e-5)
+
+
+def test_a_wrong_token_is_named_though_the_pages_before_it_are_cached(tiny_checkpoint, case):
+    with Engine(tiny_checkpoint, EngineOptions(kv_cache_memory_bytes=64 * TINY_BLOCK)) as engine:
+        engine.topk(case[0][-1:], [[]], 5)
+        for wrong in (-1, 1 << 30, "one"):
+            with pytest.raises(EngineError, match="vLLM refused the request"):
+                engine.score([[*case[0][-1][:50], wrong]], [[1]])
+        assert engine.score(case[0][-1:], [[1]])[0].shape == (1, 3)
+
+
+def test_a_step_that_fails_is_told_to_all_who_wait(tiny_checkpoint, case):
+    tokens, candidates, _ = case
+    with Engine(tiny_checkpoint, EngineOptions(kv_cache_memory_bytes=120 * TINY_BLOCK)) as engine:
+        engine.topk(tokens, [[]] * 10, 5)
+
+        def broken(*_):
+            raise RuntimeError("no kernel")
+
+        engine._cached_scores._step = broken
+        with engine.held():
+            futures = [engine.submit_score(t, c) for t, c in zip(tokens, candidates, strict=True)]
+        for future in futures:
+            with pytest.raises(EngineError, match="no kernel"):
+                future.result(timeout=20)
+
+
+def test_who_cancelled_or_was_aborted_keeps_nobody_else_from_an_answer(tiny_checkpoint, case):
+    tokens, candidates, expected = case
+    with Engine(tiny_checkpoint, EngineOptions(kv_cache_memory_bytes=120 * TINY_BLOCK)) as engine:
+        engine.topk(tokens, [[]] * 10, 5)
+        with engine.held():
+            futures = [engine.submit_score(t, c) for t, c in zip(tokens, candidates, strict=True)]
+            futures[3].cancel()
+            engine.abort({engine._incoming[4].request_id})
+            engine.turn()
+            engine.abort({engine._to_score[0].request_id})
+            while engine.turn():
+                pass
+        for i in set(range(10)) - {3, 4, 9}:
+            torch.testing.assert_close(futures[i].result(timeout=0), expected[i], atol=2e-6, rtol=1e-5)
+        assert [future.done() for future in futures].count(True) == 8
 
 
 def test_candidates_that_are_no_items_are_refused(tiny_checkpoint, case):

@@ -288,22 +288,27 @@ def test_the_memory_given_becomes_blocks_and_a_bad_request_stops_nobody(tiny_che
             engine.topk([tokens[0]], [[]], 0)
 
 
-def test_a_catalog_smaller_than_what_is_asked_for_gives_all_of_it(tmp_path):
+@pytest.mark.parametrize("cached_scores", [True, False])
+def test_a_catalog_smaller_than_what_is_asked_for_gives_all_of_it(tmp_path, cached_scores):
     """Two items and the row that is none: lists, slates and scores, alone and in one step."""
     model = HSTU(preset("tiny").replace(num_items=3, num_users=0, side_features=())).eval()
     model.known_items[1:] = True
     save_checkpoint(model, tmp_path)
-    with Engine(tmp_path, EngineOptions(kv_cache_memory_bytes=8 << 20, prompt_embeds=False)) as engine:
+    options = EngineOptions(kv_cache_memory_bytes=8 << 20, prompt_embeds=False, cached_scores=cached_scores)
+    with torch.inference_mode():
+        [expected] = model.rank(torch.tensor([1, 1]), torch.tensor([0, 2]), torch.tensor([[2, 1]]))
+    with Engine(tmp_path, options) as engine:
         with engine.held():
+            scores = engine.submit_score([1, 1], [2, 1])
             futures = [engine.submit_topk([1, 1], [], 100), engine.submit_slate([1, 1], [], 10), engine.submit_topk([], [], 5)]
             while engine.turn():
                 pass
         assert [future.result().items for future in futures[:2]] == [[2], [2]]
         with pytest.raises(EngineError, match="refused"):
             futures[2].result()
+        for got in (scores.result(), *engine.score([[1, 1]], [[2, 1]])):
+            torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
         assert engine.score([[1, 1]], [[]])[0].shape == (0, 3)
-        with pytest.raises(EngineError, match="catalog's 3 rows"):
-            engine.score([[1, 1]], [[2]])
 
 
 def test_prompts_that_share_a_prefix_may_come_together(tiny_checkpoint, prompts):

@@ -7,6 +7,8 @@ projection: nothing of it need be written to the cache. Source: Zhai et al. 2024
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -316,3 +318,18 @@ def candidates_layer(
         HAS_POSITION=position is not None, HAS_TIME=time is not None, EXACT=x.dtype == torch.float32 or interpreted(),
     )  # fmt: skip
     return project_residual(y, layer.out.weight, layer.out.bias, x)
+
+
+def candidates_stack(
+    x: Tensor, stack, caches: Sequence[Tensor], block_table: Tensor, query_offsets: Tensor, seq_lens: Tensor,
+    history_lens: Tensor, query_times: Tensor, slot_times: Tensor, count: int,
+) -> Tensor:  # fmt: skip
+    """All layers of an `hstu_lab.model.HSTUStack`, and its last norm, for candidates only: x (T, d_model) -> (T, d_model).
+
+    At most `count` of a sequence. caches: of each layer, as in `candidates_layer`; the rest as in `time_buckets`.
+    """
+    where = block_table, query_offsets, seq_lens, history_lens
+    buckets = time_buckets(stack.layers[0].bias, *where, query_times, slot_times)
+    for layer, cache in zip(stack.layers, caches):
+        x = candidates_layer(x, layer, cache, *where, buckets, divisor=stack.config.max_seq_len, max_queries=count)
+    return stack.ops.layer_norm(x, stack.final_norm.weight, stack.final_norm.bias, stack.config.norm_eps)

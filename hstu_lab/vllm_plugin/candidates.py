@@ -5,14 +5,15 @@ backend lets each of them see the history and itself only, wherever vLLM cuts th
 one for every request: vLLM names a cached block by all tokens up to its end, so that the history's blocks are found again
 and those behind the mark are not, and every candidate is computed.
 
-The answer takes the way of every answer: the request's row of logits holds three numbers for each candidate and a zero to
-compare them with, and vLLM returns their log-probabilities.
+The answer takes the way of every answer: where others have the log-probabilities of their best items, such a request has the
+logits of its candidates' tasks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm import SamplingParams
@@ -37,13 +38,8 @@ def strip(tokens: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     return torch.where(is_candidate, item, tokens), is_candidate
 
 
-def columns(candidates: int) -> int:
-    """Entries of the row of logits that carry the scores of so many candidates: three each, and the zero behind them."""
-    return candidates * len(TASKS) + 1
-
-
 class TaskScores(RequestRows):
-    """Puts task logits in place of item logits for requests with `SamplingParams.extra_args["candidates"]` (how many)."""
+    """Answers requests with `SamplingParams.extra_args["candidates"]` (how many) by task logits, not by items."""
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams):
@@ -62,23 +58,20 @@ class TaskScores(RequestRows):
         return None if count is None else (len(prompt) - count, count)
 
     def apply(self, logits: Tensor) -> Tensor:
-        """logits (B, V): rows of such requests become task logits, three a candidate in the prompt's order, then 0, then -inf."""
-        if not self.requests:
-            return logits
+        """The sampler calls `write` instead."""
+        return logits
+
+    def write(self, best: Tensor) -> None:
+        """best (B, n) float32, in place: such a request's row begins with three logits a candidate, in the prompt's order."""
         slots = slots_of(self.layers)
         if self._changed:
-            rows = [row for row, (_, count) in self.requests.items() for _ in range(count)]
-            order = [i for _, count in self.requests.values() for i in range(count)]
-            places = [start + i for start, count in self.requests.values() for i in range(count)]
-            ends = [len(TASKS) * count for _, count in self.requests.values()]
-            self._where = to_device([rows, order, places], self.device)
-            self._ends = to_device([list(self.requests), ends], self.device)
+            rows, counts = np.array(list(self.requests)), np.array([count for _, count in self.requests.values()])
+            order = np.concatenate([np.arange(count) for count in counts])
+            starts = np.array([start for start, _ in self.requests.values()])
+            self._where = to_device([np.repeat(rows, counts), order, np.repeat(starts, counts) + order], self.device)
             self._changed = False
         rows, order, places = self._where
         size = slots.gaps.shape[1]
         found = slots.step.block_table[rows, places // size].long() * size + places % size
-        scores = slots.task_logits(found)
-        logits[self._ends[0]] = -torch.inf
-        logits[rows.unsqueeze(1), len(TASKS) * order.unsqueeze(1) + torch.arange(len(TASKS), device=self.device)] = scores
-        logits[self._ends[0], self._ends[1]] = 0.0
-        return logits
+        columns = len(TASKS) * order.unsqueeze(1) + torch.arange(len(TASKS), device=self.device)
+        best[rows.unsqueeze(1), columns] = slots.task_logits(found)

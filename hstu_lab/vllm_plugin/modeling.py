@@ -132,6 +132,11 @@ class HSTUForRecommendation(nn.Module):
         x = self.encoder(self.tables(tokens), action, self.level_bucket[level])
         return x, level.masked_fill(is_candidate, CANDIDATE), item
 
+    def encode(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (T,), or embeddings (T, d_model + 5), -> the stack's input (T, d_model), gaps (T,) in seconds and items (T,)."""
+        x, level, item = self._read(input_ids) if inputs_embeds is None else detach_token(inputs_embeds)
+        return x, self.level_seconds[level.clamp(0, self.config.num_time_levels - 1)].masked_fill(level < 0, CANDIDATE), item
+
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Packed tokens (T,) -> (T, d_model + 5), the form of prompt embeddings."""
         return attach_token(*self._read(input_ids))
@@ -149,8 +154,7 @@ class HSTUForRecommendation(nn.Module):
 
             x, gaps, item = encode_tokens(input_ids, self.encoder_tables, self.encoder)
         else:
-            x, level, item = self._read(input_ids) if inputs_embeds is None else detach_token(inputs_embeds)
-            gaps = self.level_seconds[level.clamp(0, self.config.num_time_levels - 1)].masked_fill(level < 0, CANDIDATE)
+            x, gaps, item = self.encode(input_ids, inputs_embeds)
         if metadata is not None:
             count = metadata.num_tokens
             self.slots.note(gaps[:count], item[:count], metadata, self.attention[0].kv_cache)

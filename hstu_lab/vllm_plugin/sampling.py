@@ -6,8 +6,6 @@ every step. What this one does not know it leaves to vLLM's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +13,7 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
+from hstu_lab.vllm_plugin.candidates import TaskScores
 from hstu_lab.vllm_plugin.slates import SlateLoop, SlateRows
 
 
@@ -27,7 +26,8 @@ def is_plain(wanted: SamplingMetadata) -> bool:
 
 
 class RecommendationSampler(Sampler):
-    """Greedy, with the log-probabilities of the best items; rows that want a slate get what `loop` generates for them.
+    """Greedy, with the log-probabilities of the best items; rows that want a slate get what `loop` generates for them, rows of
+    candidates the logits of these.
 
     `last` (B, 1) are the items of the step before; `given` is the outcome of a step that `SteadySteps` made and nobody has seen.
     """
@@ -47,21 +47,29 @@ class RecommendationSampler(Sampler):
             return given
         wanted, count = sampling_metadata, sampling_metadata.max_num_logprobs
         processors = wanted.logitsprocs.non_argmax_invariant
-        slates = next((p.wanted(logits.shape[1]) for p in processors if isinstance(p, SlateRows)), None)
+        asked = [p for p in processors if isinstance(p, SlateRows | TaskScores) and p.requests]
         if not is_plain(wanted):
-            if slates is not None:
-                raise ValueError("a slate shares no step with requests that are not greedy: run those in an engine of their own")
+            if asked:
+                raise ValueError(
+                    "slates and candidates share no step with requests that are not greedy: give those another engine"
+                )
             output = super().forward(logits, sampling_metadata, predict_bonus_token, logprobs_mode_override)
             self.last = output.sampled_token_ids
             return output
-        if slates is not None and len(slates[0]) == len(logits):  # nobody wants these logits
-            found, scores = self._slate(slates, len(logits), count)
+        if asked and sum(len(p.requests) for p in asked) == len(logits):  # nobody wants these logits
+            shape, device = (len(logits), 1 + count), logits.device
+            found = torch.zeros(shape, dtype=torch.int32, device=device)
+            scores = torch.full(shape, -torch.inf, device=device)
         else:
             for processor in processors:
                 logits = processor.apply(logits)
             found, scores = self._best(logits.float(), count)
-            if slates is not None:
-                found[slates[0], : self.loop.count], scores[slates[0], : self.loop.count] = self._items(slates)
+        for processor in asked:
+            if isinstance(processor, TaskScores):
+                processor.write(scores)
+            else:
+                rows, *rest = processor.wanted(logits.shape[1])
+                found[rows, : self.loop.count], scores[rows, : self.loop.count] = self._items(rows, *rest)
         self.last = sampled = found[:, :1]
         if count is None:
             return SamplerOutput(sampled_token_ids=sampled, logprobs_tensors=None)
@@ -82,13 +90,6 @@ class RecommendationSampler(Sampler):
                 found, best = F.pad(found, (0, missing)), F.pad(best, (0, missing), value=-torch.inf)
         return found.int(), best
 
-    def _items(self, slates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def _items(self, *slates: Tensor) -> tuple[Tensor, Tensor]:
         items, scores = self.loop(*slates)
         return items.int(), scores
-
-    def _slate(self, slates: Sequence[Tensor], rows: int, count: int) -> tuple[Tensor, Tensor]:
-        """Slates for all: (B, 1 + count), in the batch's order."""
-        items, scores = self._items(slates)
-        found, best = items.new_zeros(rows, 1 + count), scores.new_full((rows, 1 + count), -torch.inf)
-        found[slates[0], : self.loop.count], best[slates[0], : self.loop.count] = items, scores
-        return found, best

@@ -6,6 +6,7 @@ work for the host. Only items that were seen but are not in the prompt travel wi
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm import SamplingParams
@@ -14,9 +15,9 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 
 def to_device(rows: list, device: torch.device) -> Tensor:
-    """Whole numbers to the device, without waiting for what it is doing."""
-    rows = torch.tensor(rows, pin_memory=device.type == "cuda")
-    return rows.to(device, non_blocking=True)
+    """Whole numbers, or truths, to the device, without waiting for what it is doing."""
+    rows = torch.from_numpy(np.array(rows))
+    return (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
 
 
 def slots_of(layers: dict):
