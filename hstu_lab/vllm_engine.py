@@ -197,13 +197,13 @@ class Engine:
             self.engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(checkpoint, options), **memory))
             _open_engines += 1
             self.engine.collective_rpc("use_recommendation_sampler", args=(loop_sizes(options),))
-            self._cached_scores = None
+            self.cached_scores = None
             if options.cached_scores and options.enable_prefix_caching and self.in_process and self.micro_batch:
                 from hstu_lab.vllm_plugin.cached_scores import CachedScores
 
-                self._cached_scores = CachedScores(self.engine.engine_core.engine_core, self.micro_batch)
+                self.cached_scores = CachedScores(self.engine.engine_core.engine_core, self.micro_batch)
                 if options.cuda_graphs != "NONE":
-                    self._cached_scores.capture()
+                    self.cached_scores.capture()
         self._ids = itertools.count()
         self._wake = threading.Condition()
         self._incoming: list[_Waiting] = []
@@ -355,7 +355,7 @@ class Engine:
         for waiting in incoming:
             if waiting.request_id in aborted:
                 continue
-            if waiting.candidates is None or self._cached_scores is None:
+            if waiting.candidates is None or self.cached_scores is None:
                 self._add(waiting)
             else:
                 self._scoring[waiting.request_id] = waiting
@@ -375,7 +375,7 @@ class Engine:
 
     def _begin_scores(self) -> tuple[list[_Waiting], Launched] | None:
         """Begin a step for candidates whose histories are cached; those of other histories become vLLM's."""
-        scores, users, held = self._cached_scores, [], []
+        scores, users, held = self.cached_scores, [], []
         while self._to_score and len(users) < scores.most_users:
             waiting = self._to_score.popleft()
             if waiting.request_id not in self._scoring:

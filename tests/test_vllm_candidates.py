@@ -83,9 +83,9 @@ def test_scores_by_kernels_and_graphs(tmp_path):
     options = {"ops": "triton", "cuda_graphs": "FULL", "graph_tokens": 64, "prompt_embeds": False, "micro_batch": 40}
     with Engine(folder, EngineOptions(kv_cache_memory_bytes=200 * TINY_BLOCK, **options)) as engine:
         engine.score(prompts, lists)
-        ours = engine._cached_scores
+        ours = engine.cached_scores
         for scores in (ours, None):
-            engine._cached_scores = scores
+            engine.cached_scores = scores
             for count in (40, 13):
                 for users in (range(10), [3], [3, 5, 8], [9], [0, 4, 9]):
                     got = engine.score([prompts[i] for i in users], [lists[i][:count] for i in users])
@@ -113,7 +113,7 @@ def scheduled(monkeypatch):
 @contextlib.contextmanager
 def launches(engine):
     """The steps for cached histories inside: each one's requests."""
-    scores, seen = engine._cached_scores, []
+    scores, seen = engine.cached_scores, []
     launch = scores.launch
     scores.launch = lambda requests: seen.append(list(requests)) or launch(requests)
     try:
@@ -146,7 +146,7 @@ def test_a_cached_history_is_not_computed_again(tiny_checkpoint, case, scheduled
 def test_many_users_share_a_step_and_every_block_comes_back(tiny_checkpoint, case):
     tokens, candidates, expected = case
     with Engine(tiny_checkpoint, EngineOptions(kv_cache_memory_bytes=200 * TINY_BLOCK)) as engine:
-        pool = engine._cached_scores.pool
+        pool = engine.cached_scores.pool
         engine.topk(tokens, [[]] * 10, 5)
         free = pool.get_num_free_blocks()
         with launches(engine) as seen, engine.held():
@@ -176,14 +176,14 @@ def test_histories_that_are_evicted_are_computed_again(tiny_checkpoint, case, se
                 for future in others:
                     future.result()
         assert len(seen) > 4
-        assert not any(block.ref_cnt for block in engine._cached_scores.pool.blocks[1:])
+        assert not any(block.ref_cnt for block in engine.cached_scores.pool.blocks[1:])
 
 
 def test_where_no_block_is_free_vllm_lets_the_candidates_wait(tiny_checkpoint, case, scheduled):
     tokens, candidates, expected = case
     with Engine(tiny_checkpoint, EngineOptions(kv_cache_memory_bytes=64 * TINY_BLOCK)) as engine:
         engine.topk(tokens[-1:], [[]], 5)
-        pool = engine._cached_scores.pool
+        pool = engine.cached_scores.pool
         with engine.held(), launches(engine) as seen:
             taken = pool.get_new_blocks(pool.get_num_free_blocks() - 3)  # those of the three pages
             future = engine.submit_score(tokens[-1], candidates[-1])
@@ -213,7 +213,7 @@ def test_a_step_that_fails_is_told_to_all_who_wait(tiny_checkpoint, case):
         def broken(*_):
             raise RuntimeError("no kernel")
 
-        engine._cached_scores._step = broken
+        engine.cached_scores._step = broken
         with engine.held():
             futures = [engine.submit_score(t, c) for t, c in zip(tokens, candidates, strict=True)]
         for future in futures:

@@ -23,7 +23,7 @@ def answers(ops):
         engine.topk(whole, [[], []], 3)
         candidates = [list(range(1, 35)), list(range(1, 35)), [5, 7]]
         scores = engine.score([prompts[1], *whole], candidates) + engine.score(whole, candidates[1:])
-        engine._cached_scores = None
+        engine.cached_scores = None
         scores += engine.score(whole, candidates[1:])  # as prompt tokens
     return [g.items for g in slates], [g.logprobs for g in slates], [s.tolist() for s in scores]
 
