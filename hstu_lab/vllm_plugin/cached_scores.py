@@ -85,7 +85,8 @@ class _Numbers:
 class CachedScores:
     """Scores candidates in the process of vLLM's engine `core`, between its steps; by graphs once `capture` was called.
 
-    `most`: candidates of one request. Calls come from one thread, and no step of vLLM runs meanwhile; its metrics count none of it.
+    `most`: candidates of one request. Calls come from one thread, and no step of vLLM runs meanwhile. vLLM counts none of
+    it in its metrics.
     """
 
     def __init__(self, core, most: int):
