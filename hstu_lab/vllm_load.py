@@ -5,6 +5,7 @@ Callbacks run in the engine's own thread, so that a closed loop costs no switch 
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import itertools
@@ -22,7 +23,7 @@ from torch import nn
 
 from hstu_lab.config import TASK_NAMES, ModelConfig, preset
 from hstu_lab.model import EventEncoder, HSTUStack, SavedConfig, TaskHeads
-from hstu_lab.tokens import pack
+from hstu_lab.tokens import level_seconds, pack
 
 FIRST_WAVE_SECONDS = 120.0
 TASKS = dict(zip(TASK_NAMES, (100, 10), strict=True))
@@ -62,13 +63,15 @@ class Users:
         self.config, self.draw = config, draw
         self.kept = int(cell.history * cell.warm)
         self.fresh = cell.history - self.kept
+        # The kernel for whole prompts takes histories of less than 2^31 seconds.
+        self.levels = bisect.bisect(level_seconds(config.num_time_levels), (2**31 - 1) // config.max_seq_len)
         self.base = [self._events(self.kept) for _ in range(count)] if self.kept else [[]]
         self.tail = self._events(self.fresh)
         self.turn = itertools.cycle(range(len(self.base)))
 
     def _events(self, count: int) -> list[int]:
         c, draw = self.config, self.draw
-        return [pack(draw.randrange(1, c.num_items), draw.randrange(1, c.num_actions), draw.randrange(c.num_time_levels), c)
+        return [pack(draw.randrange(1, c.num_items), draw.randrange(1, c.num_actions), draw.randrange(self.levels), c)
                 for _ in range(count)]  # fmt: skip
 
     def __next__(self) -> list[int]:

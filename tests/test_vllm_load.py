@@ -5,10 +5,12 @@ import threading
 import time
 
 import pytest
+import torch
 
 from hstu_lab.config import preset
+from hstu_lab.tokens import level_seconds, unpack
 from hstu_lab.vllm_engine import Engine, EngineOptions
-from hstu_lab.vllm_load import Cell, Users, closed_loop, fill, open_loop, submit
+from hstu_lab.vllm_load import Cell, Users, closed_loop, fill, open_loop, random_histories, serving_config, submit
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +86,13 @@ def test_an_open_loop_waits_for_nobody(engine):
     outcome = open_loop(engine, cell, Users(engine.config, cell, 1), rate=40, seconds=0.5)
     assert 5 <= len(outcome.latencies) <= 50
     assert min(outcome.latencies) > 0
+
+
+def test_drawn_histories_are_short_enough_for_the_kernels():
+    """At the longest, each gap the largest of those drawn."""
+    config = serving_config()
+    [history] = random_histories(config, 1, config.max_seq_len, 0)
+    levels = unpack(torch.tensor(history), config)[2]
+    seconds = level_seconds(config.num_time_levels)
+    assert config.max_seq_len * seconds[int(levels.max())] < 2**31
+    assert seconds[int(levels.max())] > 86400, "gaps of days are drawn"
