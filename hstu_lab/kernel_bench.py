@@ -4,7 +4,8 @@
 
 Parts: tests, serving, ampere, attention, steps, paged, memory, calibration, special, stack; all of them by default.
 
-Every ratio compares two measurements of one run. Needs PyTorch, Triton and an NVIDIA GPU, nothing else of the project's stack.
+Every ratio compares two measurements of one run; where the matrix units are at work, which is where a GPU lowers its clock, the two
+are sampled in turns. Needs PyTorch, Triton and an NVIDIA GPU, nothing else of the project's stack.
 """
 
 from __future__ import annotations
@@ -34,15 +35,20 @@ from hstu_lab.model import HSTUStack
 from hstu_lab.ops import reference, triton_bias, triton_compile, triton_memory, triton_ops, triton_tiles
 
 BF16 = torch.bfloat16
+LONG_ENOUGH = {"repeats": 20, "min_time": 0.06}
 
 
 def timed(fn, name: str, *, flops: float = 0, moved: float = 0, graph: bool = True, inputs=None) -> measure.Measurement:
     """Measure and print one line. Launches are left out where they would dominate (`graph`)."""
     work = {**({"flops": flops} if flops else {}), **({"bytes": moved} if moved else {})}
-    result = measure.measure(fn, name=name, repeats=20, min_time=0.06, cuda_graph=graph, work=work, inputs=inputs)
-    rates = [f"{result.flops_per_second / 1e12:.0f} TFLOP/s"] if flops else []
-    rates += [f"{result.bytes_per_second / 1e12:.2f} TB/s"] if moved else []
-    print(f"{name:44s} {result.median * 1e6:9.1f} us  {'  '.join(rates)}", flush=True)
+    return shown(measure.measure(fn, name=name, cuda_graph=graph, work=work, inputs=inputs, **LONG_ENOUGH))
+
+
+def shown(result: measure.Measurement) -> measure.Measurement:
+    """`result`, after a line about it."""
+    rates = [f"{result.flops_per_second / 1e12:.0f} TFLOP/s"] if "flops" in result.work else []
+    rates += [f"{result.bytes_per_second / 1e12:.2f} TB/s"] if "bytes" in result.work else []
+    print(f"{result.name:44s} {result.median * 1e6:9.1f} us  {'  '.join(rates)}", flush=True)
     return result
 
 
@@ -65,7 +71,7 @@ def attention(record: measure.Record) -> None:
     """Jagged attention against PyTorch's flash attention (a softmax, no bias), same lengths, same run."""
     batch, heads = 32, 4
     g = torch.Generator("cuda").manual_seed(0)
-    results, ratios = record.measurements, record.data.setdefault("ratios", {})
+    ratios = record.data.setdefault("ratios", {})
     for d in (64, 128):
         for length, jagged in [(n, False) for n in (512, 1024, 2048, 4096, 8192)] + [(1024, True), (4096, True)]:
             lengths = torch.full((batch,), length)
@@ -88,27 +94,28 @@ def attention(record: measure.Record) -> None:
                     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
                         F.scaled_dot_product_attention(*dense, is_causal=True)
 
-            results.append(timed(flash, f"flash {name}", flops=flops))
-            base = results[-1]
+            fns = {f"flash {name}": flash}
             if length == 4096 and not jagged:
 
                 def cudnn(dense=dense):
                     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
                         F.scaled_dot_product_attention(*dense, is_causal=True)
 
-                results.append(timed(cudnn, f"cudnn {name}", flops=flops))
+                fns[f"cudnn {name}"] = cudnn
             times = session_times(total, g)
-            plain = None
-            for kind in ("none", "position", "position+time") if length == 4096 else ("none", "position+time"):
-                bias = random_bias(heads, length, kind, g)
-                run = functools.partial(
-                    triton_ops.attention_jagged, q, k, v, offsets, divisor=length, bias=bias, times=times, max_len=length
-                )
-                results.append(timed(run, f"hstu {name} bias={kind}", flops=flops))
-                plain = plain or results[-1]
+            kinds = ("none", "position", "position+time") if length == 4096 else ("none", "position+time")
+            for kind in kinds:
+                fns[f"hstu {name} bias={kind}"] = functools.partial(
+                    triton_ops.attention_jagged, q, k, v, offsets, divisor=length, bias=random_bias(heads, length, kind, g),
+                    times=times, max_len=length,
+                )  # fmt: skip
+            work = dict.fromkeys(fns, {"flops": flops})
+            seen = [shown(result) for result in measure.measure_in_turns(fns, cuda_graph=True, work=work, **LONG_ENOUGH)]
+            record.measurements += seen
+            for kind, result in zip(kinds, seen[-len(kinds) :]):
                 ratios[f"{name} bias={kind}"] = {
-                    "speed over flash": base.median / results[-1].median,
-                    "time over no bias": results[-1].median / plain.median,
+                    "speed over flash": seen[0].median / result.median,
+                    "time over no bias": result.median / seen[-len(kinds)].median,
                 }
     for name, ratio in ratios.items():
         print(f"{name:40s} {ratio['speed over flash']:.2f}x flash, {ratio['time over no bias']:.2f}x no bias")
@@ -151,16 +158,12 @@ def steps(record: measure.Record) -> None:
 def paged(record: measure.Record) -> None:
     """Decode against the copy bandwidth, extend against the larger of its two times (bytes, flops).
 
-    A GPU that has warmed up is a slower GPU: the matrix product is timed again before and after every chunk.
+    The matrix product that bounds a chunk is timed again with each, in turns.
     """
     g = torch.Generator("cuda").manual_seed(0)
     results, shares = record.measurements, record.data.setdefault("share of roofline", {})
     copy, matmul = ceilings(record)
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=BF16) for _ in range(2))
-
-    def product(when):
-        results.append(timed(lambda: a @ b, f"matrix product 8192 {when}", flops=2 * 8192**3, graph=False))
-        return results[-1].flops_per_second
 
     def cache(batch, length, heads, d, page):
         blocks = batch * length // page
@@ -181,12 +184,15 @@ def paged(record: measure.Record) -> None:
         moved = 2 * 2 * batch * heads * d * (length + queries)
         flops = 4 * batch * heads * d * queries * (length - queries / 2)
         name = f"{'decode' if queries == 1 else f'extend {queries}'} B={batch} N={length} H={heads} d={d} page={page}"
-        run()
-        before = product(f"before {name}") if queries > 1 else matmul
-        results.append(timed(run, name, flops=flops, moved=moved))
+        if queries == 1:
+            results.append(timed(run, name, flops=flops, moved=moved))
+        else:
+            ruler = f"matrix product 8192 beside {name}"
+            work = {ruler: {"flops": 2 * 8192**3}, name: {"flops": flops, "bytes": moved}}
+            fns = {ruler: functools.partial(torch.mm, a, b), name: run}
+            results += map(shown, measure.measure_in_turns(fns, cuda_graph=True, work=work, **LONG_ENOUGH))
+            matmul = results[-2].flops_per_second
         median = results[-1].median
-        after = product(f"after {name}") if queries > 1 else matmul
-        matmul = (before + after) / 2
         shares[name] = max(moved / copy, flops / matmul) / median
         print(f"{'':44s} {100 * shares[name]:.0f} % of roofline ({'bytes' if moved / copy > flops / matmul else 'flops'})")
     for kind in ("position", "position+time"):
