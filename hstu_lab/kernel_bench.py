@@ -4,7 +4,7 @@
 
 Parts: tests, serving, ampere, attention, steps, paged, memory, calibration, special, stack; all of them by default.
 
-Every ratio compares two measurements of one run; where the matrix units are at work, which is where a GPU lowers its clock, the two
+Every ratio compares two measurements of one run; where the matrix units are at work, which makes a GPU lower its clock, the two
 are sampled in turns. Needs PyTorch, Triton and an NVIDIA GPU, nothing else of the project's stack.
 """
 
@@ -109,7 +109,7 @@ def attention(record: measure.Record) -> None:
                     triton_ops.attention_jagged, q, k, v, offsets, divisor=length, bias=random_bias(heads, length, kind, g),
                     times=times, max_len=length,
                 )  # fmt: skip
-            work = dict.fromkeys(fns, {"flops": flops})
+            work = {key: {"flops": flops} for key in fns}
             seen = [shown(result) for result in measure.measure_in_turns(fns, cuda_graph=True, work=work, **LONG_ENOUGH)]
             record.measurements += seen
             for kind, result in zip(kinds, seen[-len(kinds) :]):

@@ -144,7 +144,9 @@ def measure_in_turns(
     A GPU that grows warm lowers its clock. One after the other, the last would be timed on a slower GPU than the first; in turns,
     whatever slows one slows all. `work` is by name too, the other arguments as in `measure`: `min_time` seconds for each.
     """
-    prepared = [_prepare(fn, name, warmup, min_time, None, cuda_graph, (work or {}).get(name), device) for name, fn in fns.items()]
+    prepared = [
+        _prepare(fn, name, warmup, min_time, None, cuda_graph, (work or {}).get(name), device) for name, fn in fns.items()
+    ]
     return _sampled(prepared, repeats, min_time)
 
 
@@ -206,7 +208,8 @@ def _sampled(prepared: list[_Prepared], repeats: int, min_time: float) -> list[M
     else:
         samples = _sample_events(runs, count)
     return [
-        Measurement(p.name, tuple(s / p.calls for s in seconds), p.calls, p.clock, p.work) for p, seconds in zip(prepared, samples)
+        Measurement(p.name, tuple(s / p.calls for s in seconds), p.calls, p.clock, p.work)
+        for p, seconds in zip(prepared, samples)
     ]
 
 

@@ -41,6 +41,8 @@ class ExtendTiles:
     resident: int
     halves: int = 1
     splits: int = 1
+    held: bool = False
+    late: int = 0
 
     @property
     def block_m(self) -> int:
@@ -48,9 +50,9 @@ class ExtendTiles:
 
 
 @gluon.jit
-def silu_of_half(half):
+def silu_of_half(half, PURE: gl.constexpr = True):
     """SiLU(2 * half) with one hardware tanh."""
-    tanh = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=gl.float32, is_pure=True, pack=1)
+    tanh = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=gl.float32, is_pure=PURE, pack=1)
     return half * tanh + half
 
 
@@ -95,22 +97,32 @@ def feed(
 
 
 @gluon.jit
-def key_scores(queries, keys, half, slot, zeros, PARTS: gl.constexpr, WAIT: gl.constexpr):
+def query_part(queries, held, piece: gl.constexpr, HELD: gl.constexpr):
+    if HELD:
+        return held[piece]
+    else:
+        return queries.index(piece)
+
+
+@gluon.jit
+def key_scores(both, keys, half: gl.constexpr, slot, zeros, PARTS: gl.constexpr, WAIT: gl.constexpr):
     """Products of a half of the queries and the keys in a buffer: begun, or (WAIT) done."""
+    queries, held = both
+    HELD: gl.constexpr = len(held) > 1
     scores = hopper.warpgroup_mma(
-        queries.index(half * PARTS), keys.index(slot * PARTS).permute((1, 0)), zeros, use_acc=False, is_async=not WAIT
+        query_part(queries, held, half * PARTS, HELD), keys.index(slot * PARTS).permute((1, 0)), zeros, use_acc=False, is_async=not WAIT
     )  # fmt: skip
     for part in gl.static_range(1, PARTS):
         scores = hopper.warpgroup_mma(
-            queries.index(half * PARTS + part), keys.index(slot * PARTS + part).permute((1, 0)), scores, is_async=not WAIT
+            query_part(queries, held, half * PARTS + part, HELD), keys.index(slot * PARTS + part).permute((1, 0)), scores, is_async=not WAIT
         )  # fmt: skip
     return scores
 
 
 @gluon.jit
-def weights_of(scores, half_scale, SCALED: gl.constexpr, dtype: gl.constexpr, layout: gl.constexpr):
+def weights_of(scores, half_scale, SCALED: gl.constexpr, dtype: gl.constexpr, layout: gl.constexpr, PURE: gl.constexpr = True):
     """SiLU of the scores, as the left side of the product with the values."""
-    return gl.convert_layout(silu_of_half(scores if SCALED else scores * half_scale).to(dtype), layout)
+    return gl.convert_layout(silu_of_half(scores if SCALED else scores * half_scale, PURE).to(dtype), layout)
 
 
 @gluon.jit
@@ -186,10 +198,53 @@ def in_turns(
 
 
 @gluon.jit
+def in_turns_late(
+    queries, keys, values, scale, barriers, acc, zeros, fast, half_scale, STAGES: gl.constexpr, SCALED: gl.constexpr,
+    dtype: gl.constexpr, weights_layout: gl.constexpr, LATE: gl.constexpr,
+):  # fmt: skip
+    """The same for two halves of queries, of heads that are one part wide. Each tile is copied once for both, and while one half
+    is at its SiLU the tensor cores have the other's products to do."""
+    keys_ready, keys_free, values_ready, values_free = barriers
+    upper, lower = acc
+    mbarrier.wait(keys_ready.index(0), 0, pred=fast > 0)
+    weights = weights_of(key_scores(queries, keys, 0, 0, zeros, 1, True), half_scale, SCALED, dtype, weights_layout)
+    scores = key_scores(queries, keys, 1, 0, zeros, 1, True)
+    synchronize()
+    mbarrier.arrive(keys_free.index(0), pred=fast > 0)
+    for i in range(0, fast):
+        slot = i % STAGES
+        following = (i + 1) % STAGES
+        more = i + 1 < fast  # else the scores to come are of what the buffer holds by chance, and nobody reads them
+        mbarrier.wait(values_ready.index(slot), i // STAGES & 1)
+        mbarrier.wait(keys_ready.index(following), (i + 1) // STAGES & 1, pred=more)
+        upper = hopper.warpgroup_mma(weights, values.index(slot), upper, is_async=True)
+        upper_scores = key_scores(queries, keys, 0, following, zeros, 1, False)
+        if LATE & 2:
+            mbarrier.wait(values_ready.index(slot), i // STAGES & 1)
+        if LATE & 16:
+            by_row = scale.load(gl.SliceLayout(1, zeros.type.layout))
+            scores = scores * by_row[:, None]
+        lower_weights = weights_of(scores, half_scale, SCALED or (LATE & 16 > 0), dtype, weights_layout, False)
+        lower = hopper.warpgroup_mma(lower_weights, values.index(slot), lower, is_async=True)
+        lower_scores = key_scores(queries, keys, 1, following, zeros, 1, False)
+        if LATE & 4:
+            mbarrier.wait(values_ready.index(slot), i // STAGES & 1)
+        upper, scores = hopper.warpgroup_mma_wait(2, [upper, upper_scores])
+        weights = weights_of(scores, half_scale, SCALED, dtype, weights_layout, False)
+        if LATE & 8:
+            mbarrier.wait(values_ready.index(slot), i // STAGES & 1)
+        lower, scores = hopper.warpgroup_mma_wait(0, [lower, lower_scores])
+        synchronize()
+        mbarrier.arrive(keys_free.index(following), pred=more)
+        mbarrier.arrive(values_free.index(slot))
+    return upper, lower
+
+
+@gluon.jit
 def attend(
     Q, Out, queries, keys, values, barriers, q_row, q_head, total, heads, head, split, start, count, m0, seq_len, first, end,
     full, tiles, half_scale, out_scale, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
-    SCALED: gl.constexpr,
+    SCALED: gl.constexpr, HELD: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """The four computing warps."""
     PARTS: gl.constexpr = D // WIDTH
@@ -209,18 +264,36 @@ def attend(
         if SCALED:
             q = (q * half_scale).to(dtype)
         queries.index(piece).store(q)
+    held = (0,)
+    if HELD:
+        synchronize()
+        query_layout: gl.constexpr = gl.DotOperandLayout(0, scores_layout, 2)
+        if HALVES * PARTS == 2:
+            held = (queries.index(0).load(query_layout), queries.index(1).load(query_layout))
+        else:
+            held = (queries.index(0).load(query_layout), 0)
+    both = (queries, held)
     hopper.fence_async_shared()
     synchronize()
 
     zeros = gl.full((QUERIES, BLOCK_N), 0.0, gl.float32, scores_layout)
+    scale = values
+    if LATE & 16:
+        scale = gl.allocate_shared_memory(gl.float32, [QUERIES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        scale.store(gl.full((QUERIES,), 1.0, gl.float32, gl.SliceLayout(1, scores_layout)) * (1.0 if SCALED else half_scale))
+        synchronize()
     acc = (gl.full((QUERIES, WIDTH), 0.0, gl.float32, out_layout),)
     if HALVES * PARTS == 2:
         acc = acc + acc
     fast = gl.maximum(gl.minimum(end, full) - first, 0) // BLOCK_N
-    if HALVES == 2:
-        acc = in_turns(queries, keys, values, barriers, acc, zeros, fast, half_scale, STAGES, SCALED, dtype, weights_layout)
+    if HALVES == 2 and LATE:
+        acc = in_turns_late(
+            both, keys, values, scale, barriers, acc, zeros, fast, half_scale, STAGES, SCALED, dtype, weights_layout, LATE
+        )
+    elif HALVES == 2:
+        acc = in_turns(both, keys, values, barriers, acc, zeros, fast, half_scale, STAGES, SCALED, dtype, weights_layout)
     else:
-        acc = one_by_one(queries, keys, values, barriers, acc, zeros, fast, half_scale, D, STAGES, SCALED, dtype, weights_layout)
+        acc = one_by_one(both, keys, values, barriers, acc, zeros, fast, half_scale, D, STAGES, SCALED, dtype, weights_layout)
 
     # The diagonal and the end of the history.
     rows = seq_len - count + m0 + gl.arange(0, QUERIES, gl.SliceLayout(1, scores_layout))
@@ -240,7 +313,7 @@ def attend(
             hopper.fence_async_shared()
             synchronize()
         for half in gl.static_range(HALVES):
-            scores = key_scores(queries, keys, half, slot, zeros, PARTS, True)
+            scores = key_scores(both, keys, half, slot, zeros, PARTS, True)
             if not SCALED:
                 scores *= half_scale
             allowed = (columns[None, :] <= (rows + half * QUERIES - n0)[:, None]) & (columns < end - n0)[None, :]
@@ -270,7 +343,7 @@ def attend(
 def extend_kernel(
     Q, KeyTiles, ValueTiles, Out, BlockTable, QueryOffsets, SeqLens, q_row, q_head, k_head, v_head, table_row, total, heads,
     tiles_m, splits, half_scale, out_scale, D: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, HALVES: gl.constexpr, SCALED: gl.constexpr,
+    STAGES: gl.constexpr, HALVES: gl.constexpr, SCALED: gl.constexpr, HELD: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """HALVES * QUERIES queries of one (sequence, head) against one part of the cached keys; Out is (splits, total, heads, D).
 
@@ -312,7 +385,7 @@ def extend_kernel(
         [
             (attend, (
                 Q, Out, queries, keys, values, barriers, q_row, q_head, total, heads, head, split, start, count, m0, seq_len,
-                first, end, full, tiles, half_scale, out_scale, D, BLOCK_N, STAGES, HALVES, SCALED,
+                first, end, full, tiles, half_scale, out_scale, D, BLOCK_N, STAGES, HALVES, SCALED, HELD, LATE,
             )),
             (feed, (
                 KeyTiles, ValueTiles, table, keys, values, barriers, first, tiles, last_page, head * k_head, head * v_head, D,
@@ -360,5 +433,5 @@ def launch(
     extend_kernel[(heads * tiles.splits, (len(query_offsets) - 1) * tiles_m)](
         q, *descriptors, parts, block_table, query_offsets, seq_lens, *q.stride()[:2], key_cache.stride(2), value_cache.stride(2),
         block_table.stride(0), total, heads, tiles_m, tiles.splits, 0.5 * d**-0.5, 1 / divisor, D=d, PAGE=page,
-        BLOCK_N=tiles.block_n, STAGES=tiles.stages, HALVES=tiles.halves, SCALED=d == 64, num_warps=4, maxnreg=tiles.maxnreg,
+        BLOCK_N=tiles.block_n, STAGES=tiles.stages, HALVES=tiles.halves, SCALED=d == 64, HELD=tiles.held, LATE=tiles.late, num_warps=4, maxnreg=tiles.maxnreg,
     )  # fmt: skip
