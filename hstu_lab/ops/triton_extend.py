@@ -71,7 +71,7 @@ def rows_of(table, n0, last_page, PAGE: gl.constexpr, BLOCK_N: gl.constexpr):
 @gluon.jit
 def feed(
     KeyTiles, ValueTiles, table, keys, values, barriers, first, tiles, last_page, k_column, v_column, D: gl.constexpr,
-    PAGE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    PAGE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """The copying warp: tiles of keys and values into buffers as they fall free."""
     ROWS: gl.constexpr = PAGE if PAGE < BLOCK_N else BLOCK_N
@@ -82,17 +82,19 @@ def feed(
         following = rows_of(table, first + (number + 1) * BLOCK_N, last_page, PAGE, BLOCK_N)  # read before it is wanted
         slot = number % STAGES
         mbarrier.wait(keys_free.index(slot), (number // STAGES + 1) & 1)
-        mbarrier.expect(keys_ready.index(slot), BLOCK_N * D * 2)
+        JOINT: gl.constexpr = LATE & 64 > 0
+        mbarrier.expect(keys_ready.index(slot), BLOCK_N * D * (4 if JOINT else 2))
         for piece in gl.static_range(BLOCK_N // ROWS):
             for part in gl.static_range(PARTS):
                 to = keys.index(slot * PARTS + part).slice(piece * ROWS, ROWS)
                 copy_tile(KeyTiles, [rows[piece], k_column + part * WIDTH], keys_ready.index(slot), to)
-        mbarrier.wait(values_free.index(slot), (number // STAGES + 1) & 1)
-        mbarrier.expect(values_ready.index(slot), BLOCK_N * D * 2)
+        if not JOINT:
+            mbarrier.wait(values_free.index(slot), (number // STAGES + 1) & 1)
+            mbarrier.expect(values_ready.index(slot), BLOCK_N * D * 2)
         for piece in gl.static_range(BLOCK_N // ROWS):
             for part in gl.static_range(PARTS):
                 to = values.index(slot * PARTS + part).slice(piece * ROWS, ROWS)
-                copy_tile(ValueTiles, [rows[piece], v_column + part * WIDTH], values_ready.index(slot), to)
+                copy_tile(ValueTiles, [rows[piece], v_column + part * WIDTH], keys_ready.index(slot) if JOINT else values_ready.index(slot), to)
         rows = following
 
 
@@ -128,7 +130,7 @@ def weights_of(scores, half_scale, SCALED: gl.constexpr, dtype: gl.constexpr, la
 @gluon.jit
 def one_by_one(
     queries, keys, values, barriers, acc, zeros, fast, half_scale, D: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr,
-    dtype: gl.constexpr, weights_layout: gl.constexpr,
+    dtype: gl.constexpr, weights_layout: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """acc after `fast` tiles that every query sees whole. The product with the values of one runs on beside the scores of the
     next; other programs of the SM use what is idle."""
@@ -145,10 +147,14 @@ def one_by_one(
             scores, left, right = hopper.warpgroup_mma_wait(0, [scores, acc[0], acc[1]])
             acc = (left, right)
         synchronize()
-        mbarrier.arrive(keys_free.index(slot))
-        mbarrier.arrive(values_free.index((i + STAGES - 1) % STAGES), pred=i > 0)
+        if LATE & 64:
+            mbarrier.arrive(keys_free.index((i + STAGES - 1) % STAGES), pred=i > 0)
+        else:
+            mbarrier.arrive(keys_free.index(slot))
+            mbarrier.arrive(values_free.index((i + STAGES - 1) % STAGES), pred=i > 0)
         weights = weights_of(scores, half_scale, SCALED, dtype, weights_layout)
-        mbarrier.wait(values_ready.index(slot), i // STAGES & 1)
+        if not LATE & 64:
+            mbarrier.wait(values_ready.index(slot), i // STAGES & 1)
         left = hopper.warpgroup_mma(weights, values.index(slot * PARTS), acc[0], is_async=True)
         if PARTS == 1:
             acc = (left,)
@@ -159,7 +165,39 @@ def one_by_one(
     else:
         acc = hopper.warpgroup_mma_wait(0, [acc[0], acc[1]])
     synchronize()
-    mbarrier.arrive(values_free.index((fast + STAGES - 1) % STAGES), pred=fast > 0)
+    if LATE & 64:
+        mbarrier.arrive(keys_free.index((fast + STAGES - 1) % STAGES), pred=fast > 0)
+    else:
+        mbarrier.arrive(values_free.index((fast + STAGES - 1) % STAGES), pred=fast > 0)
+    return acc
+
+
+@gluon.jit
+def ahead(
+    queries, keys, values, barriers, acc, zeros, fast, half_scale, D: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr,
+    dtype: gl.constexpr, weights_layout: gl.constexpr,
+):  # fmt: skip
+    """The scores of the next tile are computed beside the SiLU of this one."""
+    PARTS: gl.constexpr = D // WIDTH
+    ready, free, _, _ = barriers
+    mbarrier.wait(ready.index(0), 0, pred=fast > 0)
+    scores = key_scores(queries, keys, 0, 0, zeros, PARTS, True)
+    for i in range(0, fast):
+        slot = i % STAGES
+        following = (i + 1) % STAGES
+        mbarrier.wait(ready.index(following), (i + 1) // STAGES & 1, pred=i + 1 < fast)
+        coming = key_scores(queries, keys, 0, following, zeros, PARTS, False)
+        weights = weights_of(scores, half_scale, SCALED, dtype, weights_layout)
+        left = hopper.warpgroup_mma(weights, values.index(slot * PARTS), acc[0], is_async=True)
+        if PARTS == 1:
+            scores, left = hopper.warpgroup_mma_wait(0, [coming, left])
+            acc = (left,)
+        else:
+            right = hopper.warpgroup_mma(weights, values.index(slot * 2 + 1), acc[1], is_async=True)
+            scores, left, right = hopper.warpgroup_mma_wait(0, [coming, left, right])
+            acc = (left, right)
+        synchronize()
+        mbarrier.arrive(free.index(slot))
     return acc
 
 
@@ -292,8 +330,10 @@ def attend(
         )
     elif HALVES == 2:
         acc = in_turns(both, keys, values, barriers, acc, zeros, fast, half_scale, STAGES, SCALED, dtype, weights_layout)
+    elif LATE & 128:
+        acc = ahead(both, keys, values, barriers, acc, zeros, fast, half_scale, D, STAGES, SCALED, dtype, weights_layout)
     else:
-        acc = one_by_one(both, keys, values, barriers, acc, zeros, fast, half_scale, D, STAGES, SCALED, dtype, weights_layout)
+        acc = one_by_one(both, keys, values, barriers, acc, zeros, fast, half_scale, D, STAGES, SCALED, dtype, weights_layout, LATE)
 
     # The diagonal and the end of the history.
     rows = seq_len - count + m0 + gl.arange(0, QUERIES, gl.SliceLayout(1, scores_layout))
@@ -303,7 +343,8 @@ def attend(
         slot = i % STAGES
         n0 = first + i * BLOCK_N
         mbarrier.wait(keys_ready.index(slot), i // STAGES & 1)
-        mbarrier.wait(values_ready.index(slot), i // STAGES & 1)
+        if not LATE & 64:
+            mbarrier.wait(values_ready.index(slot), i // STAGES & 1)
         if n0 + BLOCK_N > end:
             # Slots that no token was written to may hold anything, and 0 x NaN is NaN.
             for part in gl.static_range(PARTS):
@@ -329,7 +370,8 @@ def attend(
                     acc = (summed, hopper.warpgroup_mma(weights, values.index(slot * 2 + 1), acc[1]))
         synchronize()
         mbarrier.arrive(keys_free.index(slot))
-        mbarrier.arrive(values_free.index(slot))
+        if not LATE & 64:
+            mbarrier.arrive(values_free.index(slot))
 
     out_rows = m0 + gl.arange(0, QUERIES, gl.SliceLayout(1, out_layout))
     out_dims = gl.arange(0, WIDTH, gl.SliceLayout(0, out_layout))
@@ -389,7 +431,7 @@ def extend_kernel(
             )),
             (feed, (
                 KeyTiles, ValueTiles, table, keys, values, barriers, first, tiles, last_page, head * k_head, head * v_head, D,
-                PAGE, BLOCK_N, STAGES,
+                PAGE, BLOCK_N, STAGES, LATE,
             )),
         ],
         [1],
