@@ -117,6 +117,14 @@ def attention(record: measure.Record) -> None:
                     "speed over flash": seen[0].median / result.median,
                     "time over no bias": result.median / seen[-len(kinds)].median,
                 }
+            if length == 4096 and not jagged:
+                # Each at the clock that it leaves itself: what draws more power has a lower one.
+                alone = [
+                    shown(measure.measure(fns[of], name=f"{of}, alone", cuda_graph=True, min_time=0.5, work=work[of]))
+                    for of in (f"flash {name}", f"hstu {name} bias=none")
+                ]
+                record.measurements += alone
+                ratios[f"{name} bias=none"]["speed over flash, each alone"] = alone[0].median / alone[1].median
     for name, ratio in ratios.items():
         print(f"{name:40s} {ratio['speed over flash']:.2f}x flash, {ratio['time over no bias']:.2f}x no bias")
 

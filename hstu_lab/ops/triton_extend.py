@@ -59,12 +59,15 @@ def silu_of_half(half, PURE: gl.constexpr = True):
 @gluon.jit
 def rows_of(table, n0, last_page, PAGE: gl.constexpr, BLOCK_N: gl.constexpr):
     """Rows of the cache where the pages of keys n0 .. n0 + BLOCK_N lie."""
-    ROWS: gl.constexpr = PAGE if PAGE < BLOCK_N else BLOCK_N
     rows = ()
-    for piece in gl.static_range(BLOCK_N // ROWS):
-        key = n0 + piece * ROWS
-        page = gl.load(table + gl.minimum(key // PAGE, last_page)).to(gl.int32)
-        rows = rows + (page * PAGE + key % PAGE,)  # noqa: RUF005 - Triton knows no star
+    if PAGE == 0:
+        rows = ((table + n0).to(gl.int32),)
+    else:
+        ROWS: gl.constexpr = PAGE if PAGE < BLOCK_N else BLOCK_N
+        for piece in gl.static_range(BLOCK_N // ROWS):
+            key = n0 + piece * ROWS
+            page = gl.load(table + gl.minimum(key // PAGE, last_page)).to(gl.int32)
+            rows = rows + (page * PAGE + key % PAGE,)  # noqa: RUF005 - Triton knows no star
     return rows
 
 
@@ -74,7 +77,7 @@ def feed(
     PAGE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """The copying warp: tiles of keys and values into buffers as they fall free."""
-    ROWS: gl.constexpr = PAGE if PAGE < BLOCK_N else BLOCK_N
+    ROWS: gl.constexpr = PAGE if PAGE < BLOCK_N and PAGE > 0 else BLOCK_N
     PARTS: gl.constexpr = D // WIDTH
     keys_ready, keys_free, values_ready, values_free = barriers
     rows = rows_of(table, first, last_page, PAGE, BLOCK_N)
@@ -381,10 +384,10 @@ def attend(
         gl.store(to + piece % PARTS * WIDTH, (acc[piece] * out_scale).to(Out.dtype.element_ty), mask=rows[:, None] < count)
 
 
-@gluon.jit(do_not_specialize=["table_row", "total", "heads", "tiles_m", "splits"])
+@gluon.jit(do_not_specialize=["table_row", "total", "heads", "tiles_m", "splits", "pairs"])
 def extend_kernel(
     Q, KeyTiles, ValueTiles, Out, BlockTable, QueryOffsets, SeqLens, q_row, q_head, k_head, v_head, table_row, total, heads,
-    tiles_m, splits, half_scale, out_scale, D: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr,
+    tiles_m, splits, pairs, half_scale, out_scale, D: gl.constexpr, GROUP: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, HALVES: gl.constexpr, SCALED: gl.constexpr, HELD: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """HALVES * QUERIES queries of one (sequence, head) against one part of the cached keys; Out is (splits, total, heads, D).
@@ -394,21 +397,38 @@ def extend_kernel(
     PARTS: gl.constexpr = D // WIDTH
     BLOCK_M: gl.constexpr = HALVES * QUERIES
     dtype: gl.constexpr = Q.dtype.element_ty
-    head = gl.program_id(0) % heads
-    split = gl.program_id(0) // heads
-    b = gl.program_id(1) // tiles_m
-    m0 = (tiles_m - 1 - gl.program_id(1) % tiles_m) * BLOCK_M
+    if PAGE == 0:
+        # Programs start in order of their number: the heaviest tiles first, in groups of heads whose keys fit in L2 together.
+        pid = gl.program_id(0)
+        group = pid // (GROUP * tiles_m)
+        within = pid - group * (GROUP * tiles_m)
+        members = gl.minimum(GROUP, pairs - group * GROUP)
+        m0 = (tiles_m - 1 - within // members) * BLOCK_M
+        pair = group * GROUP + within % members
+        b = pair // heads
+        head = pair - b * heads
+        split = pid * 0
+    else:
+        head = gl.program_id(0) % heads
+        split = gl.program_id(0) // heads
+        b = gl.program_id(1) // tiles_m
+        m0 = (tiles_m - 1 - gl.program_id(1) % tiles_m) * BLOCK_M
     start = gl.load(QueryOffsets + b).to(gl.int64)
     count = (gl.load(QueryOffsets + b + 1) - start).to(gl.int32)
-    seq_len = gl.load(SeqLens + b).to(gl.int32)
+    if PAGE == 0:
+        seq_len = count
+        last_page = 0
+        table = start
+    else:
+        seq_len = gl.load(SeqLens + b).to(gl.int32)
+        last_page = gl.maximum(seq_len - 1, 0) // PAGE
+        table = BlockTable + b.to(gl.int64) * table_row
     visible = gl.minimum(seq_len, seq_len - count + m0 + BLOCK_M)
     full = gl.minimum(seq_len, seq_len - count + m0 + 1)
     per_split = ((visible + BLOCK_N - 1) // BLOCK_N + splits - 1) // splits * BLOCK_N
     first = split * per_split
     end = gl.where(m0 < count, gl.minimum(visible, first + per_split), first)
     tiles = gl.maximum((end - first + BLOCK_N - 1) // BLOCK_N, 0)
-    last_page = gl.maximum(seq_len - 1, 0) // PAGE
-    table = BlockTable + b.to(gl.int64) * table_row
 
     queries = gl.allocate_shared_memory(dtype, [HALVES * PARTS, QUERIES, WIDTH], SHARED)
     keys = gl.allocate_shared_memory(dtype, [STAGES * PARTS, BLOCK_N, WIDTH], SHARED)
@@ -474,6 +494,24 @@ def launch(
     descriptors = [_tiles_of(cache, d, min(page, tiles.block_n)) for cache in (key_cache, value_cache)]
     extend_kernel[(heads * tiles.splits, (len(query_offsets) - 1) * tiles_m)](
         q, *descriptors, parts, block_table, query_offsets, seq_lens, *q.stride()[:2], key_cache.stride(2), value_cache.stride(2),
-        block_table.stride(0), total, heads, tiles_m, tiles.splits, 0.5 * d**-0.5, 1 / divisor, D=d, PAGE=page,
+        block_table.stride(0), total, heads, tiles_m, tiles.splits, 0, 0.5 * d**-0.5, 1 / divisor, D=d, GROUP=1, PAGE=page,
         BLOCK_N=tiles.block_n, STAGES=tiles.stages, HALVES=tiles.halves, SCALED=d == 64, HELD=tiles.held, LATE=tiles.late, num_warps=4, maxnreg=tiles.maxnreg,
+    )  # fmt: skip
+
+
+def launch_jagged(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, offsets: Tensor, *, divisor: float, max_len: int, tiles: ExtendTiles, group: int
+) -> None:  # fmt: skip
+    """Attention over jagged sequences, shapes as in `hstu_lab.ops.triton_attention.attention_jagged`."""
+    total, heads, d = q.shape
+    tiles_m = -(-max_len // tiles.block_m)
+    pairs = (len(offsets) - 1) * heads
+    descriptors = [
+        TensorDescriptor(x, [total, (heads - 1) * x.stride(1) + d], [x.stride(0), 1], [tiles.block_n, WIDTH.value], SHARED.value)
+        for x in (k, v)
+    ]
+    extend_kernel[(pairs * tiles_m,)](
+        q, *descriptors, out, offsets, offsets, offsets, *q.stride()[:2], k.stride(1), v.stride(1), 0, total, heads, tiles_m, 1,
+        pairs, 0.5 * d**-0.5, 1 / divisor, D=d, GROUP=group, PAGE=0, BLOCK_N=tiles.block_n, STAGES=tiles.stages, HALVES=tiles.halves,
+        SCALED=d == 64, HELD=tiles.held, LATE=tiles.late, num_warps=4, maxnreg=tiles.maxnreg,
     )  # fmt: skip
