@@ -4,8 +4,7 @@
 
 Parts: tests, serving, ampere, attention, steps, paged, memory, calibration, special, stack; all of them by default.
 
-Every ratio compares two measurements of one run; where the matrix units are at work, which makes a GPU lower its clock, the two
-are sampled in turns. Needs PyTorch, Triton and an NVIDIA GPU, nothing else of the project's stack.
+Every ratio compares two measurements of one run. Needs PyTorch, Triton and an NVIDIA GPU, nothing else of the project's stack.
 """
 
 from __future__ import annotations
@@ -68,7 +67,11 @@ def random_bias(heads: int, positions: int, kind: str, generator: torch.Generato
 
 
 def attention(record: measure.Record) -> None:
-    """Jagged attention against PyTorch's flash attention (a softmax, no bias), same lengths, same run."""
+    """Jagged attention against PyTorch's flash attention (a softmax, no bias), same lengths, same run.
+
+    In turns, so that both have the clock that the two together leave the GPU; for 4,096 events also each alone, at the clock that
+    it leaves itself: of two kernels, the one that draws more power has the lower one.
+    """
     batch, heads = 32, 4
     g = torch.Generator("cuda").manual_seed(0)
     ratios = record.data.setdefault("ratios", {})
@@ -118,7 +121,6 @@ def attention(record: measure.Record) -> None:
                     "time over no bias": result.median / seen[-len(kinds)].median,
                 }
             if length == 4096 and not jagged:
-                # Each at the clock that it leaves itself: what draws more power has a lower one.
                 alone = [
                     shown(measure.measure(fns[of], name=f"{of}, alone", cuda_graph=True, min_time=0.5, work=work[of]))
                     for of in (f"flash {name}", f"hstu {name} bias=none")
@@ -166,12 +168,16 @@ def steps(record: measure.Record) -> None:
 def paged(record: measure.Record) -> None:
     """Decode against the copy bandwidth, extend against the larger of its two times (bytes, flops).
 
-    The matrix product that bounds a chunk is timed again with each, in turns.
+    A GPU that has warmed up is a slower GPU: the matrix product is timed again before and after every chunk.
     """
     g = torch.Generator("cuda").manual_seed(0)
     results, shares = record.measurements, record.data.setdefault("share of roofline", {})
     copy, matmul = ceilings(record)
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=BF16) for _ in range(2))
+
+    def product(when):
+        results.append(timed(lambda: a @ b, f"matrix product 8192 {when}", flops=2 * 8192**3, graph=False))
+        return results[-1].flops_per_second
 
     def cache(batch, length, heads, d, page):
         blocks = batch * length // page
@@ -192,15 +198,12 @@ def paged(record: measure.Record) -> None:
         moved = 2 * 2 * batch * heads * d * (length + queries)
         flops = 4 * batch * heads * d * queries * (length - queries / 2)
         name = f"{'decode' if queries == 1 else f'extend {queries}'} B={batch} N={length} H={heads} d={d} page={page}"
-        if queries == 1:
-            results.append(timed(run, name, flops=flops, moved=moved))
-        else:
-            ruler = f"matrix product 8192 beside {name}"
-            work = {ruler: {"flops": 2 * 8192**3}, name: {"flops": flops, "bytes": moved}}
-            fns = {ruler: functools.partial(torch.mm, a, b), name: run}
-            results += map(shown, measure.measure_in_turns(fns, cuda_graph=True, work=work, **LONG_ENOUGH))
-            matmul = results[-2].flops_per_second
+        run()
+        before = product(f"before {name}") if queries > 1 else matmul
+        results.append(timed(run, name, flops=flops, moved=moved))
         median = results[-1].median
+        after = product(f"after {name}") if queries > 1 else matmul
+        matmul = (before + after) / 2
         shares[name] = max(moved / copy, flops / matmul) / median
         print(f"{'':44s} {100 * shares[name]:.0f} % of roofline ({'bytes' if moved / copy > flops / matmul else 'flops'})")
     for kind in ("position", "position+time"):

@@ -63,7 +63,6 @@ def attention_kernel(
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, GROUP: tl.constexpr, NUM_CONTEXT: tl.constexpr, HAS_CANDIDATES: tl.constexpr,
     HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     PLAIN: tl.constexpr, LADDER: tl.constexpr, AFTER: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
-    HELD: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M queries of one (sequence, head) against all keys it may see, in tiles of BLOCK_N."""
     # Programs start in order of their number: the heaviest tiles first, in groups of heads whose keys fit in L2 together.
@@ -90,11 +89,6 @@ def attention_kernel(
         columns = tl.arange(0, BLOCK_N)
         q_rows = Q + (start + rows[:, None]) * q_row + head * q_head + dims[None, :]
         q = tl.load(q_rows, mask=(rows[:, None] < length) & (dims[None, :] < D), other=0.0)
-        if SCALED:
-            q = (q * half_scale).to(q.dtype)
-        if HELD:
-            # What was computed stays in registers; what was only loaded the compiler puts into shared memory.
-            q = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [q], dtype=q.dtype, is_pure=True, pack=2)
 
         full_end = least(m0 + 1, history) // BLOCK_N * BLOCK_N
         fast_end = full_end
@@ -163,7 +157,7 @@ def attention_kernel(
                 q, KTiles, k_tile, start, n0, head, k_row, dims, p_rows, p_shift, p_columns, D, D_PAD, BLOCK_M, BLOCK_N,
                 HAS_POSITION and not AFTER, TMA, PLAIN, PRECISION,
             )  # fmt: skip
-            half = scores if SCALED else scores * half_scale
+            half = scores * half_scale
             if HAS_POSITION and AFTER:
                 by_position = position_pairs(p_rows, p_shift, p_columns, n0, PLAIN)
                 if HAS_TIME:
@@ -205,9 +199,7 @@ def attention_kernel(
                 # Without this ptxas finds the bias to be written into a product under way, and then runs every matrix
                 # instruction of the kernel one at a time (its warning C7515). Its price: a loop with a barrier is not pipelined.
                 tl.debug_barrier()
-            half = tl.dot(q, k, scores, input_precision=PRECISION)
-            if not SCALED:
-                half *= half_scale
+            half = tl.dot(q, k, scores, input_precision=PRECISION) * half_scale
             if HAS_POSITION and AFTER:
                 half += position_pairs(p_rows, p_shift, p_near, n0, PLAIN)
             if HAS_TIME:
@@ -231,7 +223,7 @@ def attention_kernel(
                     V + (start + rows[:, None]) * v_row + head * v_head + value_dims[None, :],
                     mask=own[:, None] & (value_dims[None, :] < DV), other=0.0,
                 )  # fmt: skip
-                half = tl.reduce(q.to(tl.float32) * k_own.to(tl.float32), 1, add) * (1.0 if SCALED else half_scale)
+                half = tl.reduce(q.to(tl.float32) * k_own.to(tl.float32), 1, add) * half_scale
                 if HAS_POSITION:
                     half += tl.load(PositionTable + head * 2 * table_len + origin) * (1.0 if AFTER else half_scale)
                 if HAS_TIME:
@@ -294,7 +286,6 @@ def attention_jagged(
         D=d, DV=dv, D_PAD=d_pad, DV_PAD=dv_pad, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_S=tiles.block_s,
         GROUP=tiles.group, NUM_CONTEXT=num_context, **flags, EXACT=full or tiles.exact or interpreted(), WIDE=full,
         PARTS=shared.parts, AFTER=tiles.after, LADDER=tiles.ladder, TMA=tma, PLAIN=interpreted(),
-        HELD=tiles.held and not full and not interpreted(), SCALED=tiles.scaled,
         PRECISION="ieee" if full else "tf32", num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         **({} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg}),
     )  # fmt: skip

@@ -41,8 +41,6 @@ class ExtendTiles:
     resident: int
     halves: int = 1
     splits: int = 1
-    held: bool = False
-    late: int = 0
 
     @property
     def block_m(self) -> int:
@@ -50,34 +48,31 @@ class ExtendTiles:
 
 
 @gluon.jit
-def silu_of_half(half, PURE: gl.constexpr = True):
+def silu_of_half(half):
     """SiLU(2 * half) with one hardware tanh."""
-    tanh = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=gl.float32, is_pure=PURE, pack=1)
+    tanh = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=gl.float32, is_pure=True, pack=1)
     return half * tanh + half
 
 
 @gluon.jit
 def rows_of(table, n0, last_page, PAGE: gl.constexpr, BLOCK_N: gl.constexpr):
     """Rows of the cache where the pages of keys n0 .. n0 + BLOCK_N lie."""
+    ROWS: gl.constexpr = PAGE if PAGE < BLOCK_N else BLOCK_N
     rows = ()
-    if PAGE == 0:
-        rows = ((table + n0).to(gl.int32),)
-    else:
-        ROWS: gl.constexpr = PAGE if PAGE < BLOCK_N else BLOCK_N
-        for piece in gl.static_range(BLOCK_N // ROWS):
-            key = n0 + piece * ROWS
-            page = gl.load(table + gl.minimum(key // PAGE, last_page)).to(gl.int32)
-            rows = rows + (page * PAGE + key % PAGE,)  # noqa: RUF005 - Triton knows no star
+    for piece in gl.static_range(BLOCK_N // ROWS):
+        key = n0 + piece * ROWS
+        page = gl.load(table + gl.minimum(key // PAGE, last_page)).to(gl.int32)
+        rows = rows + (page * PAGE + key % PAGE,)  # noqa: RUF005 - Triton knows no star
     return rows
 
 
 @gluon.jit
 def feed(
     KeyTiles, ValueTiles, table, keys, values, barriers, first, tiles, last_page, k_column, v_column, D: gl.constexpr,
-    PAGE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, LATE: gl.constexpr,
+    PAGE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The copying warp: tiles of keys and values into buffers as they fall free."""
-    ROWS: gl.constexpr = PAGE if PAGE < BLOCK_N and PAGE > 0 else BLOCK_N
+    ROWS: gl.constexpr = PAGE if PAGE < BLOCK_N else BLOCK_N
     PARTS: gl.constexpr = D // WIDTH
     keys_ready, keys_free, values_ready, values_free = barriers
     rows = rows_of(table, first, last_page, PAGE, BLOCK_N)
@@ -85,55 +80,43 @@ def feed(
         following = rows_of(table, first + (number + 1) * BLOCK_N, last_page, PAGE, BLOCK_N)  # read before it is wanted
         slot = number % STAGES
         mbarrier.wait(keys_free.index(slot), (number // STAGES + 1) & 1)
-        JOINT: gl.constexpr = LATE & 64 > 0
-        mbarrier.expect(keys_ready.index(slot), BLOCK_N * D * (4 if JOINT else 2))
+        mbarrier.expect(keys_ready.index(slot), BLOCK_N * D * 2)
         for piece in gl.static_range(BLOCK_N // ROWS):
             for part in gl.static_range(PARTS):
                 to = keys.index(slot * PARTS + part).slice(piece * ROWS, ROWS)
                 copy_tile(KeyTiles, [rows[piece], k_column + part * WIDTH], keys_ready.index(slot), to)
-        if not JOINT:
-            mbarrier.wait(values_free.index(slot), (number // STAGES + 1) & 1)
-            mbarrier.expect(values_ready.index(slot), BLOCK_N * D * 2)
+        mbarrier.wait(values_free.index(slot), (number // STAGES + 1) & 1)
+        mbarrier.expect(values_ready.index(slot), BLOCK_N * D * 2)
         for piece in gl.static_range(BLOCK_N // ROWS):
             for part in gl.static_range(PARTS):
                 to = values.index(slot * PARTS + part).slice(piece * ROWS, ROWS)
-                copy_tile(ValueTiles, [rows[piece], v_column + part * WIDTH], keys_ready.index(slot) if JOINT else values_ready.index(slot), to)
+                copy_tile(ValueTiles, [rows[piece], v_column + part * WIDTH], values_ready.index(slot), to)
         rows = following
 
 
 @gluon.jit
-def query_part(queries, held, piece: gl.constexpr, HELD: gl.constexpr):
-    if HELD:
-        return held[piece]
-    else:
-        return queries.index(piece)
-
-
-@gluon.jit
-def key_scores(both, keys, half: gl.constexpr, slot, zeros, PARTS: gl.constexpr, WAIT: gl.constexpr):
+def key_scores(queries, keys, half, slot, zeros, PARTS: gl.constexpr, WAIT: gl.constexpr):
     """Products of a half of the queries and the keys in a buffer: begun, or (WAIT) done."""
-    queries, held = both
-    HELD: gl.constexpr = len(held) > 1
     scores = hopper.warpgroup_mma(
-        query_part(queries, held, half * PARTS, HELD), keys.index(slot * PARTS).permute((1, 0)), zeros, use_acc=False, is_async=not WAIT
+        queries.index(half * PARTS), keys.index(slot * PARTS).permute((1, 0)), zeros, use_acc=False, is_async=not WAIT
     )  # fmt: skip
     for part in gl.static_range(1, PARTS):
         scores = hopper.warpgroup_mma(
-            query_part(queries, held, half * PARTS + part, HELD), keys.index(slot * PARTS + part).permute((1, 0)), scores, is_async=not WAIT
+            queries.index(half * PARTS + part), keys.index(slot * PARTS + part).permute((1, 0)), scores, is_async=not WAIT
         )  # fmt: skip
     return scores
 
 
 @gluon.jit
-def weights_of(scores, half_scale, SCALED: gl.constexpr, dtype: gl.constexpr, layout: gl.constexpr, PURE: gl.constexpr = True):
+def weights_of(scores, half_scale, SCALED: gl.constexpr, dtype: gl.constexpr, layout: gl.constexpr):
     """SiLU of the scores, as the left side of the product with the values."""
-    return gl.convert_layout(silu_of_half(scores if SCALED else scores * half_scale, PURE).to(dtype), layout)
+    return gl.convert_layout(silu_of_half(scores if SCALED else scores * half_scale).to(dtype), layout)
 
 
 @gluon.jit
 def one_by_one(
     queries, keys, values, barriers, acc, zeros, fast, half_scale, D: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr,
-    dtype: gl.constexpr, weights_layout: gl.constexpr, LATE: gl.constexpr,
+    dtype: gl.constexpr, weights_layout: gl.constexpr,
 ):  # fmt: skip
     """acc after `fast` tiles that every query sees whole. The product with the values of one runs on beside the scores of the
     next; other programs of the SM use what is idle."""
@@ -150,14 +133,10 @@ def one_by_one(
             scores, left, right = hopper.warpgroup_mma_wait(0, [scores, acc[0], acc[1]])
             acc = (left, right)
         synchronize()
-        if LATE & 64:
-            mbarrier.arrive(keys_free.index((i + STAGES - 1) % STAGES), pred=i > 0)
-        else:
-            mbarrier.arrive(keys_free.index(slot))
-            mbarrier.arrive(values_free.index((i + STAGES - 1) % STAGES), pred=i > 0)
+        mbarrier.arrive(keys_free.index(slot))
+        mbarrier.arrive(values_free.index((i + STAGES - 1) % STAGES), pred=i > 0)
         weights = weights_of(scores, half_scale, SCALED, dtype, weights_layout)
-        if not LATE & 64:
-            mbarrier.wait(values_ready.index(slot), i // STAGES & 1)
+        mbarrier.wait(values_ready.index(slot), i // STAGES & 1)
         left = hopper.warpgroup_mma(weights, values.index(slot * PARTS), acc[0], is_async=True)
         if PARTS == 1:
             acc = (left,)
@@ -168,39 +147,7 @@ def one_by_one(
     else:
         acc = hopper.warpgroup_mma_wait(0, [acc[0], acc[1]])
     synchronize()
-    if LATE & 64:
-        mbarrier.arrive(keys_free.index((fast + STAGES - 1) % STAGES), pred=fast > 0)
-    else:
-        mbarrier.arrive(values_free.index((fast + STAGES - 1) % STAGES), pred=fast > 0)
-    return acc
-
-
-@gluon.jit
-def ahead(
-    queries, keys, values, barriers, acc, zeros, fast, half_scale, D: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr,
-    dtype: gl.constexpr, weights_layout: gl.constexpr,
-):  # fmt: skip
-    """The scores of the next tile are computed beside the SiLU of this one."""
-    PARTS: gl.constexpr = D // WIDTH
-    ready, free, _, _ = barriers
-    mbarrier.wait(ready.index(0), 0, pred=fast > 0)
-    scores = key_scores(queries, keys, 0, 0, zeros, PARTS, True)
-    for i in range(0, fast):
-        slot = i % STAGES
-        following = (i + 1) % STAGES
-        mbarrier.wait(ready.index(following), (i + 1) // STAGES & 1, pred=i + 1 < fast)
-        coming = key_scores(queries, keys, 0, following, zeros, PARTS, False)
-        weights = weights_of(scores, half_scale, SCALED, dtype, weights_layout)
-        left = hopper.warpgroup_mma(weights, values.index(slot * PARTS), acc[0], is_async=True)
-        if PARTS == 1:
-            scores, left = hopper.warpgroup_mma_wait(0, [coming, left])
-            acc = (left,)
-        else:
-            right = hopper.warpgroup_mma(weights, values.index(slot * 2 + 1), acc[1], is_async=True)
-            scores, left, right = hopper.warpgroup_mma_wait(0, [coming, left, right])
-            acc = (left, right)
-        synchronize()
-        mbarrier.arrive(free.index(slot))
+    mbarrier.arrive(values_free.index((fast + STAGES - 1) % STAGES), pred=fast > 0)
     return acc
 
 
@@ -239,53 +186,10 @@ def in_turns(
 
 
 @gluon.jit
-def in_turns_late(
-    queries, keys, values, scale, barriers, acc, zeros, fast, half_scale, STAGES: gl.constexpr, SCALED: gl.constexpr,
-    dtype: gl.constexpr, weights_layout: gl.constexpr, LATE: gl.constexpr,
-):  # fmt: skip
-    """The same for two halves of queries, of heads that are one part wide. Each tile is copied once for both, and while one half
-    is at its SiLU the tensor cores have the other's products to do."""
-    keys_ready, keys_free, values_ready, values_free = barriers
-    upper, lower = acc
-    mbarrier.wait(keys_ready.index(0), 0, pred=fast > 0)
-    weights = weights_of(key_scores(queries, keys, 0, 0, zeros, 1, True), half_scale, SCALED, dtype, weights_layout)
-    scores = key_scores(queries, keys, 1, 0, zeros, 1, True)
-    synchronize()
-    mbarrier.arrive(keys_free.index(0), pred=fast > 0)
-    for i in range(0, fast):
-        slot = i % STAGES
-        following = (i + 1) % STAGES
-        more = i + 1 < fast  # else the scores to come are of what the buffer holds by chance, and nobody reads them
-        mbarrier.wait(values_ready.index(slot), i // STAGES & 1)
-        mbarrier.wait(keys_ready.index(following), (i + 1) // STAGES & 1, pred=more)
-        upper = hopper.warpgroup_mma(weights, values.index(slot), upper, is_async=True)
-        upper_scores = key_scores(queries, keys, 0, following, zeros, 1, False)
-        if LATE & 2:
-            mbarrier.wait(values_ready.index(slot), i // STAGES & 1)
-        if LATE & 16:
-            by_row = scale.load(gl.SliceLayout(1, zeros.type.layout))
-            scores = scores * by_row[:, None]
-        lower_weights = weights_of(scores, half_scale, SCALED or (LATE & 16 > 0), dtype, weights_layout, False)
-        lower = hopper.warpgroup_mma(lower_weights, values.index(slot), lower, is_async=True)
-        lower_scores = key_scores(queries, keys, 1, following, zeros, 1, False)
-        if LATE & 4:
-            mbarrier.wait(values_ready.index(slot), i // STAGES & 1)
-        upper, scores = hopper.warpgroup_mma_wait(2, [upper, upper_scores])
-        weights = weights_of(scores, half_scale, SCALED, dtype, weights_layout, False)
-        if LATE & 8:
-            mbarrier.wait(values_ready.index(slot), i // STAGES & 1)
-        lower, scores = hopper.warpgroup_mma_wait(0, [lower, lower_scores])
-        synchronize()
-        mbarrier.arrive(keys_free.index(following), pred=more)
-        mbarrier.arrive(values_free.index(slot))
-    return upper, lower
-
-
-@gluon.jit
 def attend(
     Q, Out, queries, keys, values, barriers, q_row, q_head, total, heads, head, split, start, count, m0, seq_len, first, end,
     full, tiles, half_scale, out_scale, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
-    SCALED: gl.constexpr, HELD: gl.constexpr, LATE: gl.constexpr,
+    SCALED: gl.constexpr,
 ):  # fmt: skip
     """The four computing warps."""
     PARTS: gl.constexpr = D // WIDTH
@@ -305,38 +209,18 @@ def attend(
         if SCALED:
             q = (q * half_scale).to(dtype)
         queries.index(piece).store(q)
-    held = (0,)
-    if HELD:
-        synchronize()
-        query_layout: gl.constexpr = gl.DotOperandLayout(0, scores_layout, 2)
-        if HALVES * PARTS == 2:
-            held = (queries.index(0).load(query_layout), queries.index(1).load(query_layout))
-        else:
-            held = (queries.index(0).load(query_layout), 0)
-    both = (queries, held)
     hopper.fence_async_shared()
     synchronize()
 
     zeros = gl.full((QUERIES, BLOCK_N), 0.0, gl.float32, scores_layout)
-    scale = values
-    if LATE & 16:
-        scale = gl.allocate_shared_memory(gl.float32, [QUERIES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-        scale.store(gl.full((QUERIES,), 1.0, gl.float32, gl.SliceLayout(1, scores_layout)) * (1.0 if SCALED else half_scale))
-        synchronize()
     acc = (gl.full((QUERIES, WIDTH), 0.0, gl.float32, out_layout),)
     if HALVES * PARTS == 2:
         acc = acc + acc
     fast = gl.maximum(gl.minimum(end, full) - first, 0) // BLOCK_N
-    if HALVES == 2 and LATE:
-        acc = in_turns_late(
-            both, keys, values, scale, barriers, acc, zeros, fast, half_scale, STAGES, SCALED, dtype, weights_layout, LATE
-        )
-    elif HALVES == 2:
-        acc = in_turns(both, keys, values, barriers, acc, zeros, fast, half_scale, STAGES, SCALED, dtype, weights_layout)
-    elif LATE & 128:
-        acc = ahead(both, keys, values, barriers, acc, zeros, fast, half_scale, D, STAGES, SCALED, dtype, weights_layout)
+    if HALVES == 2:
+        acc = in_turns(queries, keys, values, barriers, acc, zeros, fast, half_scale, STAGES, SCALED, dtype, weights_layout)
     else:
-        acc = one_by_one(both, keys, values, barriers, acc, zeros, fast, half_scale, D, STAGES, SCALED, dtype, weights_layout, LATE)
+        acc = one_by_one(queries, keys, values, barriers, acc, zeros, fast, half_scale, D, STAGES, SCALED, dtype, weights_layout)
 
     # The diagonal and the end of the history.
     rows = seq_len - count + m0 + gl.arange(0, QUERIES, gl.SliceLayout(1, scores_layout))
@@ -346,8 +230,7 @@ def attend(
         slot = i % STAGES
         n0 = first + i * BLOCK_N
         mbarrier.wait(keys_ready.index(slot), i // STAGES & 1)
-        if not LATE & 64:
-            mbarrier.wait(values_ready.index(slot), i // STAGES & 1)
+        mbarrier.wait(values_ready.index(slot), i // STAGES & 1)
         if n0 + BLOCK_N > end:
             # Slots that no token was written to may hold anything, and 0 x NaN is NaN.
             for part in gl.static_range(PARTS):
@@ -357,7 +240,7 @@ def attend(
             hopper.fence_async_shared()
             synchronize()
         for half in gl.static_range(HALVES):
-            scores = key_scores(both, keys, half, slot, zeros, PARTS, True)
+            scores = key_scores(queries, keys, half, slot, zeros, PARTS, True)
             if not SCALED:
                 scores *= half_scale
             allowed = (columns[None, :] <= (rows + half * QUERIES - n0)[:, None]) & (columns < end - n0)[None, :]
@@ -373,8 +256,7 @@ def attend(
                     acc = (summed, hopper.warpgroup_mma(weights, values.index(slot * 2 + 1), acc[1]))
         synchronize()
         mbarrier.arrive(keys_free.index(slot))
-        if not LATE & 64:
-            mbarrier.arrive(values_free.index(slot))
+        mbarrier.arrive(values_free.index(slot))
 
     out_rows = m0 + gl.arange(0, QUERIES, gl.SliceLayout(1, out_layout))
     out_dims = gl.arange(0, WIDTH, gl.SliceLayout(0, out_layout))
@@ -384,11 +266,11 @@ def attend(
         gl.store(to + piece % PARTS * WIDTH, (acc[piece] * out_scale).to(Out.dtype.element_ty), mask=rows[:, None] < count)
 
 
-@gluon.jit(do_not_specialize=["table_row", "total", "heads", "tiles_m", "splits", "pairs"])
+@gluon.jit(do_not_specialize=["table_row", "total", "heads", "tiles_m", "splits"])
 def extend_kernel(
     Q, KeyTiles, ValueTiles, Out, BlockTable, QueryOffsets, SeqLens, q_row, q_head, k_head, v_head, table_row, total, heads,
-    tiles_m, splits, pairs, half_scale, out_scale, D: gl.constexpr, GROUP: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, HALVES: gl.constexpr, SCALED: gl.constexpr, HELD: gl.constexpr, LATE: gl.constexpr,
+    tiles_m, splits, half_scale, out_scale, D: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, HALVES: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """HALVES * QUERIES queries of one (sequence, head) against one part of the cached keys; Out is (splits, total, heads, D).
 
@@ -397,38 +279,21 @@ def extend_kernel(
     PARTS: gl.constexpr = D // WIDTH
     BLOCK_M: gl.constexpr = HALVES * QUERIES
     dtype: gl.constexpr = Q.dtype.element_ty
-    if PAGE == 0:
-        # Programs start in order of their number: the heaviest tiles first, in groups of heads whose keys fit in L2 together.
-        pid = gl.program_id(0)
-        group = pid // (GROUP * tiles_m)
-        within = pid - group * (GROUP * tiles_m)
-        members = gl.minimum(GROUP, pairs - group * GROUP)
-        m0 = (tiles_m - 1 - within // members) * BLOCK_M
-        pair = group * GROUP + within % members
-        b = pair // heads
-        head = pair - b * heads
-        split = pid * 0
-    else:
-        head = gl.program_id(0) % heads
-        split = gl.program_id(0) // heads
-        b = gl.program_id(1) // tiles_m
-        m0 = (tiles_m - 1 - gl.program_id(1) % tiles_m) * BLOCK_M
+    head = gl.program_id(0) % heads
+    split = gl.program_id(0) // heads
+    b = gl.program_id(1) // tiles_m
+    m0 = (tiles_m - 1 - gl.program_id(1) % tiles_m) * BLOCK_M
     start = gl.load(QueryOffsets + b).to(gl.int64)
     count = (gl.load(QueryOffsets + b + 1) - start).to(gl.int32)
-    if PAGE == 0:
-        seq_len = count
-        last_page = 0
-        table = start
-    else:
-        seq_len = gl.load(SeqLens + b).to(gl.int32)
-        last_page = gl.maximum(seq_len - 1, 0) // PAGE
-        table = BlockTable + b.to(gl.int64) * table_row
+    seq_len = gl.load(SeqLens + b).to(gl.int32)
     visible = gl.minimum(seq_len, seq_len - count + m0 + BLOCK_M)
     full = gl.minimum(seq_len, seq_len - count + m0 + 1)
     per_split = ((visible + BLOCK_N - 1) // BLOCK_N + splits - 1) // splits * BLOCK_N
     first = split * per_split
     end = gl.where(m0 < count, gl.minimum(visible, first + per_split), first)
     tiles = gl.maximum((end - first + BLOCK_N - 1) // BLOCK_N, 0)
+    last_page = gl.maximum(seq_len - 1, 0) // PAGE
+    table = BlockTable + b.to(gl.int64) * table_row
 
     queries = gl.allocate_shared_memory(dtype, [HALVES * PARTS, QUERIES, WIDTH], SHARED)
     keys = gl.allocate_shared_memory(dtype, [STAGES * PARTS, BLOCK_N, WIDTH], SHARED)
@@ -447,11 +312,11 @@ def extend_kernel(
         [
             (attend, (
                 Q, Out, queries, keys, values, barriers, q_row, q_head, total, heads, head, split, start, count, m0, seq_len,
-                first, end, full, tiles, half_scale, out_scale, D, BLOCK_N, STAGES, HALVES, SCALED, HELD, LATE,
+                first, end, full, tiles, half_scale, out_scale, D, BLOCK_N, STAGES, HALVES, SCALED,
             )),
             (feed, (
                 KeyTiles, ValueTiles, table, keys, values, barriers, first, tiles, last_page, head * k_head, head * v_head, D,
-                PAGE, BLOCK_N, STAGES, LATE,
+                PAGE, BLOCK_N, STAGES,
             )),
         ],
         [1],
@@ -494,24 +359,6 @@ def launch(
     descriptors = [_tiles_of(cache, d, min(page, tiles.block_n)) for cache in (key_cache, value_cache)]
     extend_kernel[(heads * tiles.splits, (len(query_offsets) - 1) * tiles_m)](
         q, *descriptors, parts, block_table, query_offsets, seq_lens, *q.stride()[:2], key_cache.stride(2), value_cache.stride(2),
-        block_table.stride(0), total, heads, tiles_m, tiles.splits, 0, 0.5 * d**-0.5, 1 / divisor, D=d, GROUP=1, PAGE=page,
-        BLOCK_N=tiles.block_n, STAGES=tiles.stages, HALVES=tiles.halves, SCALED=d == 64, HELD=tiles.held, LATE=tiles.late, num_warps=4, maxnreg=tiles.maxnreg,
-    )  # fmt: skip
-
-
-def launch_jagged(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, offsets: Tensor, *, divisor: float, max_len: int, tiles: ExtendTiles, group: int
-) -> None:  # fmt: skip
-    """Attention over jagged sequences, shapes as in `hstu_lab.ops.triton_attention.attention_jagged`."""
-    total, heads, d = q.shape
-    tiles_m = -(-max_len // tiles.block_m)
-    pairs = (len(offsets) - 1) * heads
-    descriptors = [
-        TensorDescriptor(x, [total, (heads - 1) * x.stride(1) + d], [x.stride(0), 1], [tiles.block_n, WIDTH.value], SHARED.value)
-        for x in (k, v)
-    ]
-    extend_kernel[(pairs * tiles_m,)](
-        q, *descriptors, out, offsets, offsets, offsets, *q.stride()[:2], k.stride(1), v.stride(1), 0, total, heads, tiles_m, 1,
-        pairs, 0.5 * d**-0.5, 1 / divisor, D=d, GROUP=group, PAGE=0, BLOCK_N=tiles.block_n, STAGES=tiles.stages, HALVES=tiles.halves,
-        SCALED=d == 64, HELD=tiles.held, LATE=tiles.late, num_warps=4, maxnreg=tiles.maxnreg,
+        block_table.stride(0), total, heads, tiles_m, tiles.splits, 0.5 * d**-0.5, 1 / divisor, D=d, PAGE=page,
+        BLOCK_N=tiles.block_n, STAGES=tiles.stages, HALVES=tiles.halves, SCALED=d == 64, num_warps=4, maxnreg=tiles.maxnreg,
     )  # fmt: skip

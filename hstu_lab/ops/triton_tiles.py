@@ -31,8 +31,6 @@ class Tiles:
     exact: bool = False
     tma: bool = True
     after: bool = False
-    held: bool = False
-    scaled: bool = False
 
 
 def default_tiles(dtype: torch.dtype, d: int, max_len: int, pairs: int, bias: RelativeBias | None, capability: int = 90) -> Tiles:
