@@ -125,16 +125,56 @@ def measure(
     uses a GPU. cuda_graph: capture the calls once and time replays, which leaves out what launching costs the host. work:
     {"flops": ..., "bytes": ...} of one call. Raises MeasureError where a graph is asked for without a GPU.
     """
+    prepared = _prepare(fn, name, warmup, min_time, inputs, cuda_graph, work, device)
+    return _sampled([prepared], repeats, min_time)[0]
+
+
+def measure_in_turns(
+    fns: Mapping[str, Callable],
+    *,
+    warmup: int = 3,
+    repeats: int = 30,
+    min_time: float = 0.2,
+    cuda_graph: bool = False,
+    work: Mapping[str, Mapping[str, float]] | None = None,
+    device: str | None = None,
+) -> list[Measurement]:
+    """Time functions that are to be compared, by name: one sample of each, then the next of each.
+
+    A GPU that grows warm lowers its clock. One after the other, the last would be timed on a slower GPU than the first; in turns,
+    whatever slows one slows all. `work` is by name too, the other arguments as in `measure`: `min_time` seconds for each.
+    """
+    prepared = [
+        _prepare(fn, name, warmup, min_time, None, cuda_graph, (work or {}).get(name), device) for name, fn in fns.items()
+    ]
+    return _sampled(prepared, repeats, min_time)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """A function warmed up: `run` makes `calls` calls, in about `seconds`."""
+
+    name: str
+    run: Callable[[], None]
+    calls: int
+    seconds: float
+    clock: str
+    work: Mapping[str, float]
+
+
+def _prepare(
+    fn: Callable, name: str, warmup: int, min_time: float, inputs: Sequence[tuple] | None, cuda_graph: bool,
+    work: Mapping[str, float] | None, device: str | None,
+) -> _Prepared:  # fmt: skip
     on_gpu = device == "cuda" if device else cuda_graph or torch.cuda.is_initialized()
     if (on_gpu or cuda_graph) and not torch.cuda.is_available():
         raise MeasureError(f"{name}: cuda timing was asked for and no GPU is here: use device='cpu' without cuda_graph")
     if cuda_graph and not on_gpu:
         raise MeasureError(f"{name}: a CUDA graph is timed on the GPU: leave device out")
     arguments = [tuple(a) for a in inputs] if inputs is not None else [()]
-    if not arguments or repeats < 1:
-        raise MeasureError(f"{name}: give at least one tuple of inputs and one repeat")
-    wait = torch.cuda.synchronize if torch.cuda.is_initialized() or on_gpu else lambda: None
-
+    if not arguments:
+        raise MeasureError(f"{name}: give at least one tuple of inputs")
+    wait = _wait(on_gpu)
     for i in range(max(warmup, 1)):
         fn(*arguments[i % len(arguments)])
     wait()
@@ -146,7 +186,7 @@ def measure(
     if cuda_graph:
         # Launching from Python takes longer than many a kernel: only a replay tells how many calls make a sample.
         once = _captured(fn, arguments, len(arguments))
-        estimate = max(min(_sample_events(once, 3)) / len(arguments), 1e-9)
+        estimate = max(min(_sample_events([once], 3)[0]) / len(arguments), 1e-9)
     shortest = _SHORTEST_REPLAY if cuda_graph else _SHORTEST_SAMPLE
     calls = max(1, math.ceil(max(shortest, min_time / _MOST_SAMPLES) / estimate))
     if cuda_graph:
@@ -154,10 +194,27 @@ def measure(
         run = _captured(fn, arguments, calls)
     else:
         run = _rotating(fn, arguments, calls)
-    count = max(repeats, math.ceil(min_time / (estimate * calls)))
-    samples = _sample_events(run, count) if on_gpu else _sample_wall(run, count, wait)
     clock = "cuda graph" if cuda_graph else "cuda events" if on_gpu else "wall"
-    return Measurement(name, tuple(s / calls for s in samples), calls, clock, dict(work or {}))
+    return _Prepared(name, run, calls, estimate * calls, clock, dict(work or {}))
+
+
+def _sampled(prepared: list[_Prepared], repeats: int, min_time: float) -> list[Measurement]:
+    if repeats < 1:
+        raise MeasureError(f"{prepared[0].name}: give at least one repeat")
+    count = max(repeats, math.ceil(min_time / min(p.seconds for p in prepared)))
+    runs = [p.run for p in prepared]
+    if prepared[0].clock == "wall":
+        samples = _sample_wall(runs, count, _wait(False))
+    else:
+        samples = _sample_events(runs, count)
+    return [
+        Measurement(p.name, tuple(s / p.calls for s in seconds), p.calls, p.clock, p.work)
+        for p, seconds in zip(prepared, samples)
+    ]
+
+
+def _wait(on_gpu: bool) -> Callable[[], None]:
+    return torch.cuda.synchronize if torch.cuda.is_initialized() or on_gpu else lambda: None
 
 
 def _rotating(fn: Callable, arguments: list[tuple], calls: int) -> Callable[[], None]:
@@ -181,26 +238,30 @@ def _captured(fn: Callable, arguments: list[tuple], calls: int) -> Callable[[], 
     return graph.replay
 
 
-def _sample_wall(run: Callable[[], None], count: int, wait: Callable[[], None]) -> list[float]:
-    samples = []
+def _sample_wall(runs: list[Callable[[], None]], count: int, wait: Callable[[], None]) -> list[list[float]]:
+    """Seconds of each of `runs`, `count` times in turn."""
+    samples = [[] for _ in runs]
     for _ in range(count):
-        wait()
-        start = time.perf_counter_ns()
-        run()
-        wait()
-        samples.append((time.perf_counter_ns() - start) / 1e9)
+        for run, seconds in zip(runs, samples):
+            wait()
+            start = time.perf_counter_ns()
+            run()
+            wait()
+            seconds.append((time.perf_counter_ns() - start) / 1e9)
     return samples
 
 
-def _sample_events(run: Callable[[], None], count: int) -> list[float]:
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+def _sample_events(runs: list[Callable[[], None]], count: int) -> list[list[float]]:
+    """The same by events on the current stream."""
+    pairs = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)] for _ in runs]
     torch.cuda.synchronize()
-    for start, end in pairs:
-        start.record()
-        run()
-        end.record()
+    for turn in zip(*pairs):
+        for run, (start, end) in zip(runs, turn):
+            start.record()
+            run()
+            end.record()
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+    return [[start.elapsed_time(end) / 1e3 for start, end in of_one] for of_one in pairs]
 
 
 def require_gpu() -> None:

@@ -86,16 +86,18 @@ def test_matrix_instructions_follow_each_other(name, d):
     assert kernel.instructions("WARPGROUP.ARRIVE") < kernel.instructions("HGMMA") / 2
 
 
-@pytest.mark.parametrize(("d", "length", "products"), [(64, 512, 8), (64, 256, 16), (128, 512, 16)])
-def test_chunks_on_hopper_are_copied_beside_the_loop(d, length, products):
-    """The warps that compute load nothing; 256 queries of heads 64 wide are two halves that share what is copied."""
+@pytest.mark.parametrize(("d", "length", "products", "programs"), [(64, 512, 8, 3), (64, 256, 8, 4), (128, 512, 16, 2)])
+def test_chunks_on_hopper_are_copied_beside_the_loop(d, length, products, programs):
+    """The warps that compute load nothing. Four programs an SM leave each too few registers for a product in flight."""
     kernel = triton_compile.compile_kernel("extend", 90, d, length)
-    assert kernel.instructions("WARPGROUP.ARRIVE") < kernel.instructions("HGMMA") / 2
+    assert (kernel.instructions("WARPGROUP.ARRIVE") < kernel.instructions("HGMMA") / 2) == (programs < 4)
     body = kernel.loop("MUFU.TANH")
     assert sum("HGMMA" in line for line in body) == products
     assert not any("LDG" in line for line in body)
     assert kernel.instructions("UTMALDG") >= 2 * 4 * d // 64  # keys and values, four pages of 16 a tile
     assert kernel.spilled_bytes == 0
+    assert programs * 256 * kernel.registers <= 65536
+    assert programs * (kernel.shared_bytes + 1024) <= 228 * 1024
 
 
 @pytest.mark.parametrize(("d", "length"), [(64, 4096), (128, 4096), (128, 1024)])

@@ -139,7 +139,7 @@ def _extend(d: int, length: int) -> tuple[object, dict, int, None, dict, int]:
     from hstu_lab.ops import triton_extend
 
     tiles = triton_extend.default_tiles(d, 128, length, 132)
-    arguments = {"D": d, "PAGE": 16, "BLOCK_N": tiles.block_n, "STAGES": tiles.stages, "HALVES": tiles.halves, "SCALED": d == 64}
+    arguments = {"D": d, "PAGE": 16, "BLOCK_N": tiles.block_n, "STAGES": tiles.stages, "SCALED": d == 64}
     block = f"tensordesc<bf16[16, {triton_extend.WIDTH.value}],{triton_extend.SHARED.value!r}>"
     descriptors = dict.fromkeys(("KeyTiles", "ValueTiles"), block)
     return triton_extend.extend_kernel, arguments, 4, None, descriptors, tiles.maxnreg

@@ -20,7 +20,7 @@ WIDTH = gl.constexpr(64)
 """Columns of one copy: 128 bytes of half precision, the widest row that shared memory swizzles. Wider heads are two parts."""
 
 QUERIES = gl.constexpr(64)
-"""Rows of one matrix instruction of four warps: the queries of a program, or of one of its two halves."""
+"""Rows of one matrix instruction of four warps: the queries of a program."""
 
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
 
@@ -32,19 +32,13 @@ copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 @dataclasses.dataclass(frozen=True)
 class ExtendTiles:
     """Key rows of a tile, tiles of keys held in shared memory, registers a thread at the start (the warps that compute take over
-    those of the copying one), programs that an SM holds, times QUERIES queries of a program (1 or, of heads 64 wide, 2), parts
-    that the keys are split into."""
+    those of the copying one), programs that an SM holds, parts that the keys are split into."""
 
     block_n: int
     stages: int
     maxnreg: int
     resident: int
-    halves: int = 1
     splits: int = 1
-
-    @property
-    def block_m(self) -> int:
-        return self.halves * QUERIES.value
 
 
 @gluon.jit
@@ -95,14 +89,14 @@ def feed(
 
 
 @gluon.jit
-def key_scores(queries, keys, half, slot, zeros, PARTS: gl.constexpr, WAIT: gl.constexpr):
-    """Products of a half of the queries and the keys in a buffer: begun, or (WAIT) done."""
+def key_scores(queries, keys, slot, zeros, PARTS: gl.constexpr, WAIT: gl.constexpr):
+    """Products of the queries and the keys in a buffer: begun, or (WAIT) done."""
     scores = hopper.warpgroup_mma(
-        queries.index(half * PARTS), keys.index(slot * PARTS).permute((1, 0)), zeros, use_acc=False, is_async=not WAIT
+        queries.index(0), keys.index(slot * PARTS).permute((1, 0)), zeros, use_acc=False, is_async=not WAIT
     )  # fmt: skip
     for part in gl.static_range(1, PARTS):
         scores = hopper.warpgroup_mma(
-            queries.index(half * PARTS + part), keys.index(slot * PARTS + part).permute((1, 0)), scores, is_async=not WAIT
+            queries.index(part), keys.index(slot * PARTS + part).permute((1, 0)), scores, is_async=not WAIT
         )  # fmt: skip
     return scores
 
@@ -125,7 +119,7 @@ def one_by_one(
     for i in range(0, fast):
         slot = i % STAGES
         mbarrier.wait(keys_ready.index(slot), i // STAGES & 1)
-        scores = key_scores(queries, keys, 0, slot, zeros, PARTS, False)
+        scores = key_scores(queries, keys, slot, zeros, PARTS, False)
         if PARTS == 1:
             scores, left = hopper.warpgroup_mma_wait(0, [scores, acc[0]])
             acc = (left,)
@@ -152,44 +146,9 @@ def one_by_one(
 
 
 @gluon.jit
-def in_turns(
-    queries, keys, values, barriers, acc, zeros, fast, half_scale, STAGES: gl.constexpr, SCALED: gl.constexpr,
-    dtype: gl.constexpr, weights_layout: gl.constexpr,
-):  # fmt: skip
-    """The same for two halves of queries, of heads that are one part wide. Each tile is copied once for both, and while one half
-    is at its SiLU the tensor cores have the other's products to do."""
-    keys_ready, keys_free, values_ready, values_free = barriers
-    upper, lower = acc
-    mbarrier.wait(keys_ready.index(0), 0, pred=fast > 0)
-    weights = weights_of(key_scores(queries, keys, 0, 0, zeros, 1, True), half_scale, SCALED, dtype, weights_layout)
-    scores = key_scores(queries, keys, 1, 0, zeros, 1, True)
-    synchronize()
-    mbarrier.arrive(keys_free.index(0), pred=fast > 0)
-    for i in range(0, fast):
-        slot = i % STAGES
-        following = (i + 1) % STAGES
-        more = i + 1 < fast  # else the scores to come are of what the buffer holds by chance, and nobody reads them
-        mbarrier.wait(values_ready.index(slot), i // STAGES & 1)
-        mbarrier.wait(keys_ready.index(following), (i + 1) // STAGES & 1, pred=more)
-        upper = hopper.warpgroup_mma(weights, values.index(slot), upper, is_async=True)
-        upper_scores = key_scores(queries, keys, 0, following, zeros, 1, False)
-        lower_weights = weights_of(scores, half_scale, SCALED, dtype, weights_layout)
-        lower = hopper.warpgroup_mma(lower_weights, values.index(slot), lower, is_async=True)
-        lower_scores = key_scores(queries, keys, 1, following, zeros, 1, False)
-        upper, scores = hopper.warpgroup_mma_wait(2, [upper, upper_scores])
-        weights = weights_of(scores, half_scale, SCALED, dtype, weights_layout)
-        lower, scores = hopper.warpgroup_mma_wait(0, [lower, lower_scores])
-        synchronize()
-        mbarrier.arrive(keys_free.index(following), pred=more)
-        mbarrier.arrive(values_free.index(slot))
-    return upper, lower
-
-
-@gluon.jit
 def attend(
     Q, Out, queries, keys, values, barriers, q_row, q_head, total, heads, head, split, start, count, m0, seq_len, first, end,
-    full, tiles, half_scale, out_scale, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
-    SCALED: gl.constexpr,
+    full, tiles, half_scale, out_scale, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """The four computing warps."""
     PARTS: gl.constexpr = D // WIDTH
@@ -202,25 +161,21 @@ def attend(
 
     load_rows = m0 + gl.arange(0, QUERIES, gl.SliceLayout(1, load_layout))
     load_dims = gl.arange(0, WIDTH, gl.SliceLayout(0, load_layout))
-    for piece in gl.static_range(HALVES * PARTS):
-        rows = load_rows + piece // PARTS * QUERIES
-        q_rows = Q + (start + rows[:, None]) * q_row + head * q_head + piece % PARTS * WIDTH + load_dims[None, :]
-        q = gl.load(q_rows, mask=rows[:, None] < count, other=0.0)
+    for part in gl.static_range(PARTS):
+        q_rows = Q + (start + load_rows[:, None]) * q_row + head * q_head + part * WIDTH + load_dims[None, :]
+        q = gl.load(q_rows, mask=load_rows[:, None] < count, other=0.0)
         if SCALED:
             q = (q * half_scale).to(dtype)
-        queries.index(piece).store(q)
+        queries.index(part).store(q)
     hopper.fence_async_shared()
     synchronize()
 
     zeros = gl.full((QUERIES, BLOCK_N), 0.0, gl.float32, scores_layout)
     acc = (gl.full((QUERIES, WIDTH), 0.0, gl.float32, out_layout),)
-    if HALVES * PARTS == 2:
+    if PARTS == 2:
         acc = acc + acc
     fast = gl.maximum(gl.minimum(end, full) - first, 0) // BLOCK_N
-    if HALVES == 2:
-        acc = in_turns(queries, keys, values, barriers, acc, zeros, fast, half_scale, STAGES, SCALED, dtype, weights_layout)
-    else:
-        acc = one_by_one(queries, keys, values, barriers, acc, zeros, fast, half_scale, D, STAGES, SCALED, dtype, weights_layout)
+    acc = one_by_one(queries, keys, values, barriers, acc, zeros, fast, half_scale, D, STAGES, SCALED, dtype, weights_layout)
 
     # The diagonal and the end of the history.
     rows = seq_len - count + m0 + gl.arange(0, QUERIES, gl.SliceLayout(1, scores_layout))
@@ -239,54 +194,47 @@ def attend(
                 v.store(gl.where((value_rows < end - n0)[:, None], read, 0.0))
             hopper.fence_async_shared()
             synchronize()
-        for half in gl.static_range(HALVES):
-            scores = key_scores(queries, keys, half, slot, zeros, PARTS, True)
-            if not SCALED:
-                scores *= half_scale
-            allowed = (columns[None, :] <= (rows + half * QUERIES - n0)[:, None]) & (columns < end - n0)[None, :]
-            weights = weights_of(gl.where(allowed, scores, 0.0), half_scale, True, dtype, weights_layout)
-            if HALVES == 2:
-                summed = hopper.warpgroup_mma(weights, values.index(slot), acc[half])
-                acc = (summed, acc[1]) if half == 0 else (acc[0], summed)
-            else:
-                summed = hopper.warpgroup_mma(weights, values.index(slot * PARTS), acc[0])
-                if PARTS == 1:
-                    acc = (summed,)
-                else:
-                    acc = (summed, hopper.warpgroup_mma(weights, values.index(slot * 2 + 1), acc[1]))
+        scores = key_scores(queries, keys, slot, zeros, PARTS, True)
+        if not SCALED:
+            scores *= half_scale
+        allowed = (columns[None, :] <= (rows - n0)[:, None]) & (columns < end - n0)[None, :]
+        weights = weights_of(gl.where(allowed, scores, 0.0), half_scale, True, dtype, weights_layout)
+        summed = hopper.warpgroup_mma(weights, values.index(slot * PARTS), acc[0])
+        if PARTS == 1:
+            acc = (summed,)
+        else:
+            acc = (summed, hopper.warpgroup_mma(weights, values.index(slot * 2 + 1), acc[1]))
         synchronize()
         mbarrier.arrive(keys_free.index(slot))
         mbarrier.arrive(values_free.index(slot))
 
     out_rows = m0 + gl.arange(0, QUERIES, gl.SliceLayout(1, out_layout))
     out_dims = gl.arange(0, WIDTH, gl.SliceLayout(0, out_layout))
-    for piece in gl.static_range(HALVES * PARTS):
-        rows = out_rows + piece // PARTS * QUERIES
-        to = Out + ((split.to(gl.int64) * total + start + rows[:, None]) * heads + head) * D + out_dims[None, :]
-        gl.store(to + piece % PARTS * WIDTH, (acc[piece] * out_scale).to(Out.dtype.element_ty), mask=rows[:, None] < count)
+    to = Out + ((split.to(gl.int64) * total + start + out_rows[:, None]) * heads + head) * D + out_dims[None, :]
+    for part in gl.static_range(PARTS):
+        gl.store(to + part * WIDTH, (acc[part] * out_scale).to(Out.dtype.element_ty), mask=out_rows[:, None] < count)
 
 
 @gluon.jit(do_not_specialize=["table_row", "total", "heads", "tiles_m", "splits"])
 def extend_kernel(
     Q, KeyTiles, ValueTiles, Out, BlockTable, QueryOffsets, SeqLens, q_row, q_head, k_head, v_head, table_row, total, heads,
     tiles_m, splits, half_scale, out_scale, D: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, HALVES: gl.constexpr, SCALED: gl.constexpr,
+    STAGES: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
-    """HALVES * QUERIES queries of one (sequence, head) against one part of the cached keys; Out is (splits, total, heads, D).
+    """QUERIES queries of one (sequence, head) against one part of the cached keys; Out is (splits, total, heads, D).
 
     SCALED: half_scale is a power of two, and loses nothing where the queries take it.
     """
     PARTS: gl.constexpr = D // WIDTH
-    BLOCK_M: gl.constexpr = HALVES * QUERIES
     dtype: gl.constexpr = Q.dtype.element_ty
     head = gl.program_id(0) % heads
     split = gl.program_id(0) // heads
     b = gl.program_id(1) // tiles_m
-    m0 = (tiles_m - 1 - gl.program_id(1) % tiles_m) * BLOCK_M
+    m0 = (tiles_m - 1 - gl.program_id(1) % tiles_m) * QUERIES
     start = gl.load(QueryOffsets + b).to(gl.int64)
     count = (gl.load(QueryOffsets + b + 1) - start).to(gl.int32)
     seq_len = gl.load(SeqLens + b).to(gl.int32)
-    visible = gl.minimum(seq_len, seq_len - count + m0 + BLOCK_M)
+    visible = gl.minimum(seq_len, seq_len - count + m0 + QUERIES)
     full = gl.minimum(seq_len, seq_len - count + m0 + 1)
     per_split = ((visible + BLOCK_N - 1) // BLOCK_N + splits - 1) // splits * BLOCK_N
     first = split * per_split
@@ -295,7 +243,7 @@ def extend_kernel(
     last_page = gl.maximum(seq_len - 1, 0) // PAGE
     table = BlockTable + b.to(gl.int64) * table_row
 
-    queries = gl.allocate_shared_memory(dtype, [HALVES * PARTS, QUERIES, WIDTH], SHARED)
+    queries = gl.allocate_shared_memory(dtype, [PARTS, QUERIES, WIDTH], SHARED)
     keys = gl.allocate_shared_memory(dtype, [STAGES * PARTS, BLOCK_N, WIDTH], SHARED)
     values = gl.allocate_shared_memory(dtype, [STAGES * PARTS, BLOCK_N, WIDTH], SHARED)
     # One allocation for each purpose: of one, the compiler would take a wait and an arrival to touch the same barrier.
@@ -312,7 +260,7 @@ def extend_kernel(
         [
             (attend, (
                 Q, Out, queries, keys, values, barriers, q_row, q_head, total, heads, head, split, start, count, m0, seq_len,
-                first, end, full, tiles, half_scale, out_scale, D, BLOCK_N, STAGES, HALVES, SCALED,
+                first, end, full, tiles, half_scale, out_scale, D, BLOCK_N, STAGES, SCALED,
             )),
             (feed, (
                 KeyTiles, ValueTiles, table, keys, values, barriers, first, tiles, last_page, head * k_head, head * v_head, D,
@@ -332,13 +280,14 @@ def takes(dtype: torch.dtype, d: int, dv: int, page: int) -> bool:
 def default_tiles(d: int, pairs: int, max_queries: int, processors: int) -> ExtendTiles:
     """Tiles that were fastest on an H200 among those tried, before any split; `pairs` is sequences times heads.
 
-    Two halves a program where programs of one half would not all be on the GPU at once, and these are.
+    Four programs an SM where all are on the GPU at once only so: each holds fewer keys and has too few registers to keep a
+    product in flight, but what one leaves idle the others use.
     """
     if d > 64:
         return ExtendTiles(64, 3, 128, 2)
-    one, two = ExtendTiles(64, 4, 80, 3), ExtendTiles(64, 6, 112, 2, halves=2)
-    rounds = [pairs * -(-max_queries // tiles.block_m) / (tiles.resident * processors) for tiles in (one, two)]
-    return two if rounds[1] <= 1 < rounds[0] else one
+    three, four = ExtendTiles(64, 4, 80, 3), ExtendTiles(64, 2, 64, 4)
+    programs = pairs * -(-max_queries // QUERIES.value)
+    return four if three.resident * processors < programs <= four.resident * processors else three
 
 
 def _tiles_of(cache: Tensor, d: int, rows: int) -> TensorDescriptor:
@@ -355,10 +304,10 @@ def launch(
     (splits, T, H, d), or (T, H, d) for one. Other shapes as in `hstu_lab.ops.triton_paged.attention_paged`."""
     total, heads, d = q.shape
     page = key_cache.shape[1]
-    tiles_m = -(-max_queries // tiles.block_m)
+    tiles_m = -(-max_queries // QUERIES.value)
     descriptors = [_tiles_of(cache, d, min(page, tiles.block_n)) for cache in (key_cache, value_cache)]
     extend_kernel[(heads * tiles.splits, (len(query_offsets) - 1) * tiles_m)](
         q, *descriptors, parts, block_table, query_offsets, seq_lens, *q.stride()[:2], key_cache.stride(2), value_cache.stride(2),
         block_table.stride(0), total, heads, tiles_m, tiles.splits, 0.5 * d**-0.5, 1 / divisor, D=d, PAGE=page,
-        BLOCK_N=tiles.block_n, STAGES=tiles.stages, HALVES=tiles.halves, SCALED=d == 64, num_warps=4, maxnreg=tiles.maxnreg,
+        BLOCK_N=tiles.block_n, STAGES=tiles.stages, SCALED=d == 64, num_warps=4, maxnreg=tiles.maxnreg,
     )  # fmt: skip
