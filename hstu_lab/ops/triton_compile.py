@@ -193,7 +193,7 @@ def _specification(name: str, capability: int, d: int, length: int) -> tuple[obj
     if name == "project_silu":
         descriptors = dict.fromkeys(("XTiles", "WeightTiles"), "tensordesc<bf16[128, 64]>") if tma else {}
         arguments = {
-            **dict.fromkeys(("Residual", *(() if tma else ("XTiles", "WeightTiles")))), "BLOCK_M": 128, "BLOCK_N": 128,
+            **dict.fromkeys(("Residual", "Steps", *(() if tma else ("XTiles", "WeightTiles")))), "BLOCK_M": 128, "BLOCK_N": 128,
             "BLOCK_K": 64, "GROUP": 8, "SILU": True, "EXACT": False, "TMA": tma, "PRECISION": "tf32",
         }  # fmt: skip
         return linear.linear_kernel, arguments, 8, 4 if tma else 3, descriptors, None
