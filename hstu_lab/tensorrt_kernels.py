@@ -198,11 +198,13 @@ def last_kernel(width: int, kind: str, capability: int) -> Kernel:
 def linear_tiles(rows: int, columns: int, int8: bool = False):
     """Those of `triton_linear` for a GPU of `PROCESSORS`; a step of int8 is as many bytes."""
     LinearTiles = compiled_modules()["triton_linear"].LinearTiles
+    if rows <= 32:
+        return LinearTiles(16, 64, 128, 4, 5)
     deep = 128 if int8 else 64
     for tiles in (LinearTiles(128, 128, deep, 8, 3), LinearTiles(64, 128, deep, 4, 4)):
         if triton.cdiv(rows, tiles.block_m) * triton.cdiv(columns, tiles.block_n) >= 1.5 * PROCESSORS:
             return tiles
-    return LinearTiles(64, 32, 128, 4, 4) if rows > 32 else LinearTiles(16, 64, 128, 4, 5)
+    return LinearTiles(64, 32, 128, 4, 4)
 
 
 @functools.cache

@@ -95,7 +95,7 @@ struct Number
             share = std::strtoll(end + 1, &end, 10);
         if (*end == '*')
             times = std::strtoll(end + 1, &end, 10);
-        return !word.empty() && *end == '\0' && share > 0;
+        return !word.empty() && *end == '\0' && share > 0 && times > 0;
     }
 };
 

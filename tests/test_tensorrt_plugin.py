@@ -92,12 +92,12 @@ int main(int, char** argv)
 LAUNCH = """kernel k
 threads 128
 shared 0
-grid 0:3 1 1
+grid 0:3/2*5 1 1
 in half int32
 out half 0:1 5 6
 out int32 0:1 2
 arg in 0 16
-arg map 0 0 0:8 64 64 16 32 3
+arg map 0 0 0:8 64 64 16 32 3 2
 arg out 1
 arg i32 2:7
 arg f32 0.125
@@ -139,8 +139,8 @@ def test_tensorrt_sees_the_plugin_that_the_texts_describe(call):
     ("old", "new"),
     [
         ("threads 128", "threads many"), ("in half int32", "in half int4"), ("arg in 0 16", "arg in 2 16"),
-        ("arg out 1", "arg out 2"), ("arg null", "arg nil"), ("grid 0:3 1 1", "grid 0:3 1"), ("kernel k", "kernel"),
-        ("out half 0:1 5 6", "out half 0:1 5 x"), ("arg map 0 0 0:8 64 64 16 32 3", "arg map 0 0 0:8 64"),
+        ("arg out 1", "arg out 2"), ("arg null", "arg nil"), ("grid 0:3/2*5 1 1", "grid 0:3/2*5 1"), ("0:3/2*5", "0:3/0*5"), ("0:3/2*5", "0:3/2*"), ("kernel k", "kernel"),
+        ("out half 0:1 5 6", "out half 0:1 5 x"), ("arg map 0 0 0:8 64 64 16 32 3 2", "arg map 0 0 0:8 64"),
         ("shared 0\n", "shared 0\nwhat is this\n"), ("threads 128", "threads 0"), ("arg null", "arg null\n" * 70),
     ],
 )  # fmt: skip
