@@ -459,8 +459,11 @@ def main() -> None:
         if options.step == "onnxruntime":
             peers.onnxruntime_side(options.folder)
         else:
-            wanted = lambda part, length, batch: re.search(options.only, f"{part}-{length}") and batch in (options.batch or (batch,))
-            work = [each for each in peers.WORK if wanted(*each)]
+            work = [
+                (part, length, batch)
+                for part, length, batch in peers.WORK
+                if re.search(options.only, f"{part}-{length}") and batch in (options.batch or (batch,))
+            ]
             {"compile": peers.compile_only, "torch": peers.torch_side}[options.step](options.folder, options.modes, work)
     elif options.step == "expected":
         expected(options.folder, cases)

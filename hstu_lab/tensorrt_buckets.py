@@ -1,6 +1,6 @@
 """A checkpoint's stack and ranker in kernels of ours: ONNX files and engines, one for each length that histories are padded to.
 
-The files of an fp16 or int8 export say what is computed, int8's steps included; the layers are traced anew, with the length fixed.
+The files of an fp16 or int8 export say what is computed, int8's steps included; layers are traced anew, with a fixed length.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ def bucket_lengths(config: ModelConfig) -> tuple[int, ...]:
 
 @torch.no_grad()
 def export_buckets(
-    model: HSTU, source: pathlib.Path, folder: pathlib.Path, lengths: Sequence[int], candidates: int, capability: int, batch: int = 8
+    model: HSTU,
+    source: pathlib.Path,
+    folder: pathlib.Path,
+    lengths: Sequence[int],
+    candidates: int,
+    capability: int,
+    batch: int = 8,
 ) -> list[pathlib.Path]:
     """`stack-LENGTH.onnx` and `ranker-LENGTH.onnx` for every length, from the files of an export in `source` and its model.
 
@@ -60,13 +66,13 @@ def export_buckets(
 def build_buckets(
     paths: Sequence[pathlib.Path], batch: int, cache: EngineCache, workspace: int, progress: Progress = True
 ) -> list[pathlib.Path]:
-    """The engine of each of `export_buckets`'s files, for 1 to `batch` histories. Raises EngineError where one cannot be built."""
+    """The engine of each of `export_buckets`'s files, for 1 to `batch` histories. Raises EngineError where one cannot be."""
     profile = {"batch": (1, min(batch, 8), batch)}
     return [cache.get(Request.of(path, profile, workspace=workspace), progress=progress) for path in paths]
 
 
 def steps_of(stated: onnx.ModelProto, graph: onnx.ModelProto) -> dict[str, float]:
-    """int8 steps of inputs of products in `graph`, in float32, by name: those of the products with the same weights in `stated`."""
+    """int8 steps of products' inputs in `graph` (float32), by name: those of the products with the same weights in `stated`."""
     held = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in stated.graph.initializer}
     made = {name: node for node in stated.graph.node for name in node.output}
     known = {}

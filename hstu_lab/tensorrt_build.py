@@ -176,10 +176,10 @@ def build(request: Request, *, progress: Progress = True) -> tuple[Header, bytes
         inputs = _named(graph.input, [_spec(network.get_input(i)) for i in range(network.num_inputs)])
         config = builder.create_builder_config()
         # Where all that is int8 is inside kernels of ours, nothing is left that the library could choose int8 for.
-        quantised = any(node.op_type == "QuantizeLinear" for node in graph.node)
+        only_inside = request.precision == "int8" and all(node.op_type != "QuantizeLinear" for node in graph.node)
         library.configure(
-            config, precision="fp16" if request.precision == "int8" and not quantised else request.precision, target=request.target, workspace=request.workspace, tf32=request.tf32,
-            refit=request.refit, effort=request.effort,
+            config, precision="fp16" if only_inside else request.precision, target=request.target,
+            workspace=request.workspace, tf32=request.tf32, refit=request.refit, effort=request.effort,
         )  # fmt: skip
         for profile in _complete(request, inputs):
             _add_profile(builder, config, inputs, profile, said)

@@ -82,8 +82,7 @@ def compile_kernel(
     kernel, constants: dict, options: dict, capability: int, pointers: dict[str, str], boxes=None, ragged: tuple[str, ...] = ()
 ) -> Kernel:
     """`kernel` for `capability` (80, 90) with these compile-time arguments; a second or two. boxes: (rows, columns) of what the
-    tensor memory accelerator reads at once, by argument. ragged: of the numbers that are else multiples of 16, those that are not.
-    """
+    tensor memory accelerator reads at once, by argument. ragged: those of `_ALIGNED` that are no multiples of 16."""
     pointers, boxes = _POINTERS | pointers, boxes or {}
     described = {
         name: f"tensordesc<{pointers[name.removesuffix('Tiles')]}[{rows}, {columns}]>" for name, (rows, columns) in boxes.items()
@@ -218,7 +217,10 @@ def linear_kernel(tiles, int8: bool, silu: bool, residual: str, out: str, ragged
         "GROUP": tiles.group, "SILU": silu, "EXACT": False, "TMA": tma, "PRECISION": "tf32",
     }  # fmt: skip
     pointers = dict.fromkeys(("X", "Weight"), "i8" if int8 else "fp16") | {"Residual": residual, "Out": out}
-    options, kernel = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}, compiled_modules()["triton_linear"].linear_kernel
+    options, kernel = (
+        {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
+        compiled_modules()["triton_linear"].linear_kernel,
+    )
     return compile_kernel(kernel, constants, options, capability, pointers, boxes, ("columns", "residual_row") if ragged else ())
 
 

@@ -16,7 +16,6 @@ from onnx.reference.op_run import OpRun
 from torch import Tensor
 
 from hstu_lab.config import ModelConfig
-from hstu_lab.model import HSTU
 from hstu_lab.onnx_parts import RankerPart, StackPart
 from hstu_lab.ops import reference
 

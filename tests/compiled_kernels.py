@@ -9,7 +9,6 @@ import re
 import sys
 
 import numpy as np
-import onnx
 import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
@@ -50,9 +49,7 @@ class CompiledKernel(OpRun):
         words = {line[0]: line[1:] for line in lines if line[0] in ("kernel", "grid", "in")}
         rows = len(inputs[0])
         tensors = [np.array(given, dtype=TENSORS[kind]) for given, kind in zip(inputs, words["in"])]
-        outputs = [
-            np.full([_number(n, rows) for n in line[2:]], 77, TENSORS[line[1]]) for line in lines if line[0] == "out"
-        ]
+        outputs = [np.full([_number(n, rows) for n in line[2:]], 77, TENSORS[line[1]]) for line in lines if line[0] == "out"]
         texts = [line[1:] for line in lines if line[0] == "arg"]
         arguments = dict(constants)
         for argument in kernel.arg_names:
@@ -69,8 +66,10 @@ class CompiledKernel(OpRun):
                     tile = torch.as_strided(view, shape[:2], (shape[2], 1))
                     view = TensorDescriptor(tile, shape[:2], [shape[2], 1], list(boxes[argument]))
                 arguments[argument] = view
+            elif kind == "null":
+                arguments[argument] = None
             else:
-                arguments[argument] = {"null": lambda: None, "i32": lambda: _number(rest[0], rows), "f32": lambda: float(rest[0])}[kind]()
+                arguments[argument] = float(rest[0]) if kind == "f32" else _number(rest[0], rows)
         assert texts == [["null"]] * 2, "scratch memories"
         arguments |= {name: value for name, value in INTERPRETED.items() if name in arguments}
         kernel[tuple(_number(n, rows) for n in words["grid"])](**arguments)

@@ -13,7 +13,9 @@ from hstu_lab.config import preset
 from hstu_lab.tensorrt_engine import Engine
 
 CONFIG = preset("tiny").replace(num_layers=2, max_seq_len=600)
-CASES = tuple(bench.Case(part, precision, 256, (3,), fused=True) for part in ("ranker", "stack") for precision in ("fp16", "int8"))
+CASES = tuple(
+    bench.Case(part, precision, 256, (3,), fused=True) for part in ("ranker", "stack") for precision in ("fp16", "int8")
+)
 
 
 def main(folder: pathlib.Path) -> None:

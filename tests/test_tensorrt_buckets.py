@@ -36,7 +36,7 @@ def test_a_file_for_each_length_that_computes_with_the_exports_steps(exports, tm
 
 
 def test_steps_are_found_by_weights_whatever_the_names(exports):
-    model, plain, source = exports
+    _, plain, source = exports
     stated, graph = onnx.load(source / "stack.onnx"), onnx.load(plain / "stack.onnx")
     held = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in stated.graph.initializer}
     truth = {node.input[0]: float(held[node.input[1]]) for node in stated.graph.node if node.op_type == "QuantizeLinear"}

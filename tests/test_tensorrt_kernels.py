@@ -177,14 +177,13 @@ def stated(graphs):
     feed = bench.make_inputs(bench.Case("stack", "int8", 64), 3, CONFIG, True)
     seen = onnx_precision.calibrate(graph, [feed], REFERENCE)
     steps = {name: found.step for name, found in seen.items()}
-    first, gated, *_, logits = onnx_precision.quantisable(graph)
+    _, gated, *_, logits = onnx_precision.quantisable(graph)
     del steps[gated], steps[logits]
     return onnx_precision.convert(graph, steps, halves=False), steps
 
 
 def test_products_that_calibration_left_in_fp16_stay_there(stated):
-    graph, steps = stated
-    fused = tensorrt_kernels.fuse(graph, 90, batch=2)
+    fused = tensorrt_kernels.fuse(stated[0], 90, batch=2)
     assert {node.op_type for node in fused.graph.node} == {"CompiledKernel"}
     held = [size for t in fused.graph.initializer for size in ("_8_bits", "_16_bits") if t.name.endswith(size)]
     assert (held.count("_8_bits"), held.count("_16_bits")) == (3, 2)
@@ -201,9 +200,7 @@ def test_int8_steps_come_from_the_graph(stated):
     before = {t.name: onnx.numpy_helper.to_array(t) for t in graph.graph.initializer}
     product = next(node for node in graph.graph.node if node.op_type == "MatMul" and node.input[0] == "layer_norm_dq")
     weight = next(node for node in graph.graph.node if node.output[0] == product.input[1])
-    np.testing.assert_allclose(
-        stored[f"{product.output[0]}_steps"], before[weight.input[1]] * steps["layer_norm"], rtol=1e-6
-    )
+    np.testing.assert_allclose(stored[f"{product.output[0]}_steps"], before[weight.input[1]] * steps["layer_norm"], rtol=1e-6)
     words = stored[f"{product.input[1]}_8_bits"]
     assert np.array_equal(words.view(np.int8), before[weight.input[0]].T)
     norm = next(node for node in graph.graph.node if node.op_type == "LayerNormalization")
