@@ -128,8 +128,8 @@ extern "C" int cuGetErrorName(int, char const** name)
     *name = "an error";
     return 0;
 }
-extern "C" int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* start, uint64_t const* dims, uint64_t const* strides,
-    uint32_t const* box, uint32_t const* steps, int, int swizzle, int, int)
+extern "C" int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* start, uint64_t const* dims,
+    uint64_t const* strides, uint32_t const* box, uint32_t const* steps, int, int swizzle, int, int)
 {
     std::printf("map type %d at %lx: %lu x %lu, %lu bytes a row, box %u x %u, steps %u %u, swizzle %d\n", type,
         (long)start, dims[1], dims[0], strides[0], box[1], box[0], steps[0], steps[1], swizzle);
