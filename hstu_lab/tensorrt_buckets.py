@@ -67,6 +67,8 @@ def build_buckets(
     paths: Sequence[pathlib.Path], batch: int, cache: EngineCache, workspace: int, progress: Progress = True
 ) -> list[pathlib.Path]:
     """The engine of each of `export_buckets`'s files, for 1 to `batch` histories. Raises EngineError where one cannot be."""
+    if batch > tensorrt_kernels.MOST_ROWS:
+        raise EngineError(f"batch size {batch}: kernels of ours take {tensorrt_kernels.MOST_ROWS} histories at most")
     profile = {"batch": (1, min(batch, 8), batch)}
     return [cache.get(Request.of(path, profile, workspace=workspace), progress=progress) for path in paths]
 

@@ -6,6 +6,7 @@ import pytest
 from hstu_lab import onnx_export, onnx_precision, tensorrt_buckets
 from hstu_lab.config import preset
 from hstu_lab.model import load_checkpoint
+from hstu_lab.tensorrt_build import EngineCache
 from hstu_lab.tensorrt_library import EngineError
 
 
@@ -53,6 +54,12 @@ def test_fp32_is_refused(exports, tmp_path):
     model, plain, _ = exports
     with pytest.raises(EngineError, match="is fp32, kernels of ours compute in fp16 and int8; export it as one of them"):
         tensorrt_buckets.export_buckets(model, plain, tmp_path / "out", [64], candidates=32, capability=80)
+
+
+def test_more_histories_than_the_constant_offsets_reach_are_refused(tmp_path):
+    with pytest.raises(EngineError, match="batch size 1025: kernels of ours take 1024 histories at most"):
+        tensorrt_buckets.build_buckets([], 1025, EngineCache(tmp_path), 1 << 20)
+    assert tensorrt_buckets.build_buckets([], 1024, EngineCache(tmp_path), 1 << 20) == []
 
 
 def test_buckets_are_powers_of_two_up_to_the_longest_history():
