@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import sys
+import tempfile
 
 from hstu_lab.config import is_ours
 from hstu_lab.options import parser, refuse_idle_flags
@@ -296,8 +297,11 @@ def _export(options: argparse.Namespace) -> int:
     precision = options.precision
     if options.to == "tensorrt":
         from hstu_lab.tensorrt_build import choose_target
+        from hstu_lab.tensorrt_plugin import check_library
 
-        choose_target(target=options.target)  # before the export, which takes longer than to say no
+        library, _ = choose_target(target=options.target)  # before the export, which takes longer than to say no
+        if options.kernels:
+            check_library(library)
     histories = onnx_export.sample_histories(checkpoint, options.events) if precision == "int8" else None
     shown = not options.json
     if options.out and options.to == "onnx":
@@ -306,29 +310,41 @@ def _export(options: argparse.Namespace) -> int:
     else:
         folder = onnx_export.export_cached(checkpoint, precision=precision, histories=histories, progress=shown)
     if options.to == "tensorrt":
-        return _build_engines(folder, settings, options)
+        return _build_engines(checkpoint, folder, settings, options)
     files = sorted(str(path) for path in pathlib.Path(folder).glob("*.onnx"))
     print(json.dumps(files) if options.json else "\n".join(files))
     return 0
 
 
-def _build_engines(folder, settings, options: argparse.Namespace) -> int:
+def _build_engines(checkpoint: pathlib.Path, folder: pathlib.Path, settings, options: argparse.Namespace) -> int:
     from hstu_lab.onnx_models import load_metadata_config
-    from hstu_lab.tensorrt_build import EngineCache, onnx_metadata
+    from hstu_lab.tensorrt_build import EngineCache, choose_target, onnx_metadata
     from hstu_lab.tensorrt_models import build_engines, default_cache, serving_profiles
     from hstu_lab.tensorrt_plan import read_header
 
     config = load_metadata_config(folder, onnx_metadata(pathlib.Path(folder) / "encoder.onnx"))
     candidates = max(config.num_candidates, settings.num_items, config.slate_size)
-    paths = build_engines(
-        folder, serving_profiles(config, settings.batch_size, candidates), target=options.target,
-        cache=EngineCache(options.out) if options.out else default_cache(), workspace=settings.workspace_mb << 20,
-        progress=not options.json,
-    )  # fmt: skip
+    cache, workspace = EngineCache(options.out) if options.out else default_cache(), settings.workspace_mb << 20
+    if options.kernels:
+        from hstu_lab.model import load_checkpoint
+        from hstu_lab.tensorrt_buckets import bucket_lengths, build_buckets, export_buckets
+
+        capability = int(choose_target(target=options.target)[1].removeprefix("sm_"))
+        with tempfile.TemporaryDirectory() as scratch:
+            files = export_buckets(
+                load_checkpoint(checkpoint), folder, pathlib.Path(scratch), bucket_lengths(config), candidates, capability
+            )
+            paths = build_buckets(files, settings.batch_size, cache, workspace, progress=not options.json)
+    else:
+        profiles = serving_profiles(config, settings.batch_size, candidates)
+        built = build_engines(
+            folder, profiles, target=options.target, cache=cache, workspace=workspace, progress=not options.json
+        )
+        paths = list(built.values())
     if options.json:
-        print(json.dumps([str(path) for path in paths.values()]))
+        print(json.dumps([str(path) for path in paths]))
         return 0
-    for path in paths.values():
+    for path in paths:
         print(f"{path}\n  {read_header(path)}")
     return 0
 

@@ -26,6 +26,8 @@ WAYS = {
     "half": lambda a: a.astype(np.float16),
     "half turned": lambda a: a.T.astype(np.float16),
     "int8": lambda a: quantise_columns(np.ascontiguousarray(a.T))[0],
+    "half words": lambda a: a.astype(np.float16).view(np.int32),
+    "int8 words": lambda a: np.ascontiguousarray(quantise_columns(np.ascontiguousarray(a.T))[0].T).view(np.int32),
     "steps": lambda a: quantise_columns(np.ascontiguousarray(a.T))[1],
 }
 """What an export may have done to a weight."""
@@ -86,7 +88,8 @@ def fill(source: pathlib.Path, target: pathlib.Path, weights: Mapping[str, np.nd
 
 
 def _ways(array: np.ndarray):
-    return ((kind, way) for kind, way in WAYS.items() if array.ndim == 2 or kind in ("same", "half"))
+    fitting = [kind for kind in WAYS if not kind.endswith("words") or array.shape[-1] % 4 == 0]
+    return ((kind, WAYS[kind]) for kind in fitting if array.ndim == 2 or kind in ("same", "half"))
 
 
 def _digest(array: np.ndarray) -> str:

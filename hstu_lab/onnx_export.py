@@ -120,7 +120,7 @@ def export(
             program = trace(name, parts[name].eval(), model.config, sizes or {})
             program.model.metadata_props.update({"part": name, **metadata})
             proto = program.model_proto
-            _save(onnx_precision.fold_indices(proto) if sizes else proto, folder / f"{name}.onnx")
+            save(onnx_precision.fold_indices(proto) if sizes else proto, folder / f"{name}.onnx")
         if precision != "fp32":
             convert_folder(model, folder, folder, precision, histories)
     finally:
@@ -160,7 +160,7 @@ def convert_folder(
         kept = {entry.key: entry.value for entry in proto.metadata_props}
         del converted.metadata_props[:]
         onnx.helper.set_model_props(converted, kept | said)
-        _save(converted, target / f"{part}.onnx")
+        save(converted, target / f"{part}.onnx")
     return target
 
 
@@ -174,7 +174,8 @@ def load_onnx(path: str | pathlib.Path):
         raise OnnxError(f"{path}: not a readable ONNX model ({error}); export the checkpoint again") from error
 
 
-def _save(proto, path: pathlib.Path) -> None:
+def save(proto, path: pathlib.Path) -> None:
+    """Write an `onnx.ModelProto` to `path`, which appears whole or not at all."""
     partial = path.with_suffix(".onnx.part")
     partial.write_bytes(proto.SerializeToString())
     partial.rename(path)

@@ -155,6 +155,8 @@ def _export_options(export: argparse.ArgumentParser) -> None:
         "--workspace-mb", type=_positive, metavar="MIB", help="GPU memory that an engine may use while it runs (default: 1024)"
     )
     engines.add_argument("--batch-size", type=_positive, metavar="N", help="largest batch of the engines (default: 64)")
+    about = "stack and ranker in kernels of ours, an engine for each length from 64 on; TensorRT 8 only (default: TensorRT's own)"
+    engines.add_argument("--kernels", action="store_true", default=None, help=about)
 
 
 def _positive(text: str) -> int:
@@ -208,6 +210,8 @@ def refuse_idle_flags(options: argparse.Namespace) -> None:
     if given("to") and given("events") and options.precision != "int8":
         raise ConfigError("--events is the log that int8 is calibrated with: add --precision int8, or leave it out")
     if getattr(options, "to", None) == "onnx":
-        for name in ("target", "workspace_mb", "batch_size"):
+        for name in ("target", "workspace_mb", "batch_size", "kernels"):
             if given(name):
                 raise ConfigError(f"--{name.replace('_', '-')} is for engines: add --to tensorrt, or leave it out")
+    elif given("kernels") and options.precision == "fp32":
+        raise ConfigError("--kernels compute in fp16 and int8: add --precision fp16 or int8, or leave --kernels out")

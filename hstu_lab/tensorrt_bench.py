@@ -42,19 +42,18 @@ KERNELS_FOR = 90
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One engine. `loose`: the graph is float32 beside its Q/DQ, and TensorRT 8.6 may choose fp16 where that is quicker.
-    `fused`: attention and gated norm are kernels of ours inside the engine, compiled for `KERNELS_FOR`; `whole`: projections too.
-    """
+    `fused`: the layers are kernels of ours inside the engine, compiled for `KERNELS_FOR`."""
 
     part: str
     precision: str
     length: int
     batches: tuple[int, ...] = BATCHES
     loose: bool = False
-    fused: str = ""
+    fused: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.part}-{self.precision}{'-loose' * self.loose}{'-' * bool(self.fused)}{self.fused}-{self.length}"
+        return f"{self.part}-{self.precision}{'-loose' * self.loose}{'-fused' * self.fused}-{self.length}"
 
     @property
     def file(self) -> str:
@@ -72,17 +71,18 @@ class Case:
 
 
 RANKED = (1, 2, 4, 8)
+BUCKETS = (64, 128, 256, 512, 1024, 2048)
+"""Lengths that histories are padded to."""
 CASES = (
-    *(Case("stack", precision, 512, loose=True, fused="fused") for precision in ("fp16", "int8")),
-    *(Case(part, "fp16", 512, loose=True, fused=how) for part, how in (("ranker", "fused"), ("stack", "whole"))),
-    *(Case("stack", precision, 512, fused="fused") for precision in ("fp16", "int8")),
+    *(Case("stack", precision, 512, fused=True) for precision in ("fp16", "int8")),
+    Case("ranker", "fp16", 512, fused=True),
+    *(Case("stack", precision, n, fused=True) for precision in ("fp16", "int8") for n in BUCKETS if n != 512),
     Case("encoder", "fp16", 512, loose=True), Case("encoder", "fp16", 512),
     Case("stack", "fp16", 512, loose=True), Case("stack", "fp16", 512),
     Case("ranker", "fp16", 512, RANKED), Case("ranker", "fp16", 512, RANKED, loose=True),
     Case("stack", "int8", 512), Case("stack", "int8", 512, loose=True),
     Case("ranker", "int8", 512, RANKED), Case("ranker", "int8", 512, RANKED, loose=True), Case("encoder", "int8", 512),
-    *(Case("stack", "fp16", n, loose=True, fused="fused") for n in (256, 1024, 128, 64, 2048)),
-    *(Case("stack", "fp16", n, loose=loose) for n in (256, 1024, 128, 64, 2048) for loose in (False, True)),
+    *(Case("stack", "fp16", n, loose=loose) for n in BUCKETS if n != 512 for loose in (False, True)),
     Case("stack", "fp32", 512), Case("ranker", "fp32", 512, (1,)), Case("encoder", "fp32", 512),
 )  # fmt: skip
 """The most telling first."""
@@ -166,7 +166,7 @@ def export(folder: pathlib.Path, cases=CASES, config=None) -> None:
     for part, length, fused in dict.fromkeys((case.part, case.length, case.fused) for case in cases):
         start, sizes = time.perf_counter(), {"length": length, "candidates": CANDIDATES}
         with torch.no_grad():
-            program = onnx_export.trace(part, _fused(part, model, fused) if fused else parts[part], config, sizes)
+            program = onnx_export.trace(part, _fused(part, model) if fused else parts[part], config, sizes)
         plain = onnx_precision.fold_indices(program.model_proto)
         scales = None
         for case in (case for case in cases if (case.part, case.length, case.fused) == (part, length, fused)):
@@ -175,19 +175,19 @@ def export(folder: pathlib.Path, cases=CASES, config=None) -> None:
                 scales = onnx_precision.quiet_steps(seen)
                 if part == "stack":
                     scales.pop(onnx_precision.quantisable(plain)[-1], None)
-            halves = case.precision != "fp32" and not case.loose
+            halves = case.precision != "fp32" and not (case.loose or fused)
             made = onnx_precision.convert(plain, scales if case.precision == "int8" else None, halves)
             onnx.helper.set_model_props(made, {"part": part, "length": str(length)})
             for file, batch in {case.file_for(batch): batch for batch in case.batches}.items():
-                whole = tensorrt_kernels.fuse(made, KERNELS_FOR, batch, halves) if fused else made
+                whole = tensorrt_kernels.fuse(made, KERNELS_FOR, batch) if fused else made
                 (folder / file).write_bytes(whole.SerializeToString())
         print(f"{part} {length}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def _fused(part: str, model, fused: str):
+def _fused(part: str, model):
     from hstu_lab.tensorrt_parts import FusedRankerPart, FusedStackPart
 
-    return {"stack": FusedStackPart, "ranker": FusedRankerPart}[part](model, projections=fused == "whole").eval()
+    return {"stack": FusedStackPart, "ranker": FusedRankerPart}[part](model).eval()
 
 
 def all_weights(config=None) -> dict[str, np.ndarray]:
@@ -429,7 +429,7 @@ def main() -> None:
     parser.add_argument("step", choices=(*steps, "record"))
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("to", type=pathlib.Path, nargs="?", help="steps strip and fill: where to write")
-    parser.add_argument("--only", default="", help="cases (steps compile and torch: parts) whose names match this")
+    parser.add_argument("--only", default="", help="cases (steps compile and torch: PART-LENGTH) whose names match this")
     parser.add_argument("--batch", type=int, nargs="+", help="and of these batch sizes only")
     parser.add_argument("--effort", type=int, help="TensorRT's optimisation level, 0 to 5")
     parser.add_argument("--built", action="store_true", help="step engines: only those that have been built already")
@@ -459,7 +459,11 @@ def main() -> None:
         if options.step == "onnxruntime":
             peers.onnxruntime_side(options.folder)
         else:
-            work = [each for each in peers.WORK if re.search(options.only, each[0])]
+            work = [
+                (part, length, batch)
+                for part, length, batch in peers.WORK
+                if re.search(options.only, f"{part}-{length}") and batch in (options.batch or (batch,))
+            ]
             {"compile": peers.compile_only, "torch": peers.torch_side}[options.step](options.folder, options.modes, work)
     elif options.step == "expected":
         expected(options.folder, cases)

@@ -175,9 +175,11 @@ def build(request: Request, *, progress: Progress = True) -> tuple[Header, bytes
             raise BuildError(f"{request.onnx}: {library.label} cannot parse it: {_line(reason)}")
         inputs = _named(graph.input, [_spec(network.get_input(i)) for i in range(network.num_inputs)])
         config = builder.create_builder_config()
+        # Where all that is int8 is inside kernels of ours, nothing is left that the library could choose int8 for.
+        only_inside = request.precision == "int8" and all(node.op_type != "QuantizeLinear" for node in graph.node)
         library.configure(
-            config, precision=request.precision, target=request.target, workspace=request.workspace, tf32=request.tf32,
-            refit=request.refit, effort=request.effort,
+            config, precision="fp16" if only_inside else request.precision, target=request.target,
+            workspace=request.workspace, tf32=request.tf32, refit=request.refit, effort=request.effort,
         )  # fmt: skip
         for profile in _complete(request, inputs):
             _add_profile(builder, config, inputs, profile, said)

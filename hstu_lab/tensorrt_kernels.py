@@ -1,8 +1,13 @@
-"""Puts compiled Triton kernels in the place of our nodes in a graph: what a TensorRT engine then runs as plugins.
+"""Puts compiled Triton kernels in the place of a graph's layers: what a TensorRT engine then runs as plugins.
 
 `fuse` compiles for one GPU generation, which need not be here. Every kernel becomes a node `CompiledKernel` that holds its
 machine code and how to launch it, as text; `hstu_lab.tensorrt_plugin` makes TensorRT 8 understand it. What the attention kernel
 wants of the bias tables is made here, once; what it wants of a request's times is one launch a request, for all layers.
+
+Norms and products are recognised as the exporter and `onnx_precision.convert` write them. Where QuantizeLinear and
+DequantizeLinear stand before a product, the norm before it writes int8 with the graph's step and the product is one of integers.
+Halves and int8 values travel as int32 constants and tensors, several in one: TensorRT 8 would convert the first, and wants scales
+of its own for the second.
 """
 
 from __future__ import annotations
@@ -30,12 +35,13 @@ PROCESSORS = 132
 """Streaming multiprocessors of the GPU that tiles of projections are chosen for: an H100's and an H200's."""
 
 _POINTERS = {
-    **dict.fromkeys(("Q", "K", "V", "Out", "X", "Gate", "Residual"), "*fp16"),
-    **dict.fromkeys(("Weight", "Bias", "Position", "TimeBias", "PositionTable", "Steps"), "*fp32"),
-    **dict.fromkeys(("NumCandidates", "Times", "Relative", "FastTiles", "Ordered", "Lowest", "Bounds"), "*i32"),
-    **dict.fromkeys(("Lut", "Thresholds"), "*i32"),
-    **dict.fromkeys(("Offsets", "Cells"), "*i64"),  # constants: TensorRT 8 sees pairs of int32
+    **dict.fromkeys(("Q", "K", "V", "Gate", "Scaled"), "fp16"),
+    **dict.fromkeys(("Bias", "Position", "TimeBias", "PositionTable", "Steps", "Hidden"), "fp32"),
+    **dict.fromkeys(("NumCandidates", "Times", "Relative", "FastTiles", "Ordered", "Lowest", "Bounds"), "i32"),
+    **dict.fromkeys(("Lut", "Thresholds", "Lengths"), "i32"),
+    **dict.fromkeys(("Offsets", "Cells"), "i64"),  # constants: TensorRT 8 sees pairs of int32
 }
+"""What pointers point to, where it is not said at each compilation."""
 _FLOATS = ("half_scale", "out_scale", "scale", "eps")
 _ALIGNED = (
     "columns",
@@ -51,6 +57,7 @@ _ALIGNED = (
     "v_head",
     "width",
 )
+"""Numbers that kernels are told to be multiples of 16."""
 
 
 class FuseError(ValueError):
@@ -60,30 +67,35 @@ class FuseError(ValueError):
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """Machine code of one kernel: its name, run-time arguments in order, threads and shared bytes of a block; of the arguments
-    that are read by the tensor memory accelerator, the box (rows, columns) and how it is swizzled."""
+    that are read by the tensor memory accelerator, the box (rows, columns), how it is swizzled, and bytes of an element."""
 
     name: str
     arguments: tuple[str, ...]
     threads: int
     shared: int
     cubin: bytes
-    maps: dict[str, tuple[int, int, int]]
+    maps: dict[str, tuple[int, int, int, int]]
+    ragged: tuple[str, ...]
 
 
-def compile_kernel(kernel, constants: dict, options: dict, capability: int, boxes=None, weights: str = "*fp32") -> Kernel:
+def compile_kernel(
+    kernel, constants: dict, options: dict, capability: int, pointers: dict[str, str], boxes=None, ragged: tuple[str, ...] = ()
+) -> Kernel:
     """`kernel` for `capability` (80, 90) with these compile-time arguments; a second or two. boxes: (rows, columns) of what the
-    tensor memory accelerator reads at once, by argument."""
-    boxes = boxes or {}
-    described = {name: f"tensordesc<fp16[{rows}, {columns}]>" for name, (rows, columns) in boxes.items()}
+    tensor memory accelerator reads at once, by argument. ragged: those of `_ALIGNED` that are no multiples of 16."""
+    pointers, boxes = _POINTERS | pointers, boxes or {}
+    described = {
+        name: f"tensordesc<{pointers[name.removesuffix('Tiles')]}[{rows}, {columns}]>" for name, (rows, columns) in boxes.items()
+    }
     kinds = {
-        **_POINTERS,
-        **dict.fromkeys(("Weight", "Bias"), weights),
+        **{name: f"*{kind}" for name, kind in pointers.items()},
         **described,
         **dict.fromkeys(_FLOATS, "fp32"),
         **dict.fromkeys(constants, "constexpr"),
     }
     signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
-    aligned = [name for name, kind in signature.items() if kind.startswith("*") or (name in _ALIGNED and kind == "i32")]
+    even = [name for name, kind in signature.items() if kind == "i32" and name in _ALIGNED and name not in ragged]
+    aligned = even + [name for name, kind in signature.items() if kind.startswith("*")]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"enable_fp_fusion": True} | {name: value for name, value in options.items() if value is not None}
@@ -92,9 +104,9 @@ def compile_kernel(kernel, constants: dict, options: dict, capability: int, boxe
         raise FuseError(f"{kernel.__name__} wants scratch memory, which a plugin has none of: use other tiles")
     arguments = tuple(name for name, kind in signature.items() if kind != "constexpr")
     said = zip((name for name in arguments if name in boxes), made.metadata.tensordesc_meta or ())
-    maps = {name: (*meta["block_size"], meta["swizzle"]) for name, meta in said}
+    maps = {name: (*meta["block_size"], meta["swizzle"], meta["elem_size"]) for name, meta in said}
     facts = made.metadata
-    return Kernel(facts.name, arguments, 32 * facts.num_warps, facts.shared, made.asm["cubin"], maps)
+    return Kernel(facts.name, arguments, 32 * facts.num_warps, facts.shared, made.asm["cubin"], maps, ragged)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +157,8 @@ def attention_kernel(sizes: Sizes, capability: int) -> Kernel:
         "PLAIN": False, "LADDER": tiles.ladder, "AFTER": tiles.after, "WIDE": False, "PARTS": plan.parts,
     }  # fmt: skip
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "maxnreg": tiles.maxnreg}
-    return compile_kernel(compiled_modules()["triton_attention"].attention_kernel, constants, options, capability, boxes)
+    kernel = compiled_modules()["triton_attention"].attention_kernel
+    return compile_kernel(kernel, constants, options, capability, {"Out": "fp16"}, boxes)
 
 
 @functools.cache
@@ -159,39 +172,56 @@ def prepare_kernel(sizes: Sizes, capability: int) -> Kernel:
         "BISECT": tiles.block_n.bit_length() - 1, "CHUNK": module.CHUNK.value, "SCAN": 1024 if plan.parts == 1 else 512,
         "TABLE_BLOCK": 512, "WIDE": False, "PARTS": plan.parts,
     }  # fmt: skip
-    return compile_kernel(module.prepare_kernel, constants, {"num_warps": 4 if plan.parts == 1 else 1}, capability)
+    return compile_kernel(module.prepare_kernel, constants, {"num_warps": 4 if plan.parts == 1 else 1}, capability, {})
 
 
 @functools.cache
-def norm_gate_kernel(width: int, rows: int, capability: int) -> Kernel:
-    """LayerNorm times gate over `width` columns, `rows` rows a block."""
+def norm_kernel(width: int, rows: int, gated: bool, kinds: tuple[str, str], capability: int) -> Kernel:
+    """LayerNorm, times a gate or not, over `width` columns, `rows` rows a block; kinds of what is read and written."""
     padded = triton.next_power_of_2(width)
-    constants = {"WIDTH_PAD": padded, "ROWS": rows, "HAS_GATE": True}
+    constants = {"WIDTH_PAD": padded, "ROWS": rows, "HAS_GATE": gated} | ({} if gated else {"Gate": None})
+    pointers = dict(zip(("X", "Out"), kinds)) | {"Weight": "fp32"}
     options = {"num_warps": min(16, max(4, padded // 512))}
-    return compile_kernel(compiled_modules()["triton_memory"].norm_kernel, constants, options, capability)
+    return compile_kernel(compiled_modules()["triton_memory"].norm_kernel, constants, options, capability, pointers)
 
 
-def linear_tiles(rows: int, columns: int):
-    """Those of `triton_linear` for a GPU of `PROCESSORS`."""
+@functools.cache
+def last_kernel(width: int, kind: str, capability: int) -> Kernel:
+    """The last event's norms."""
+    padded = triton.next_power_of_2(width)
+    pointers = {"X": kind, "Weight": "fp32"}
+    kernel, options = compiled_modules()["triton_memory"].last_kernel, {"num_warps": min(8, max(1, padded // 256))}
+    return compile_kernel(kernel, {"WIDTH_PAD": padded}, options, capability, pointers)
+
+
+def linear_tiles(rows: int, columns: int, int8: bool = False):
+    """Those of `triton_linear` for a GPU of `PROCESSORS`; a step of int8 is as many bytes."""
     LinearTiles = compiled_modules()["triton_linear"].LinearTiles
-    for tiles in (LinearTiles(128, 128, 64, 8, 3), LinearTiles(64, 128, 64, 4, 4)):
+    if rows <= 32:
+        return LinearTiles(16, 64, 128, 4, 5)
+    deep = 128 if int8 else 64
+    for tiles in (LinearTiles(128, 128, deep, 8, 3), LinearTiles(64, 128, deep, 4, 4)):
         if triton.cdiv(rows, tiles.block_m) * triton.cdiv(columns, tiles.block_n) >= 1.5 * PROCESSORS:
             return tiles
-    return LinearTiles(64, 32, 128, 4, 4) if rows > 32 else LinearTiles(16, 64, 128, 4, 5)
+    return LinearTiles(64, 32, 128, 4, 4)
 
 
 @functools.cache
-def linear_kernel(tiles, silu: bool, capability: int) -> Kernel:
-    """A projection of `hstu_lab.ops.triton_linear`, with SiLU or the residual sum."""
+def linear_kernel(tiles, int8: bool, silu: bool, residual: str, out: str, ragged: bool, capability: int) -> Kernel:
+    """A projection of `hstu_lab.ops.triton_linear`. residual: the kind of what is added, or ""; out: of the result."""
     tma = capability >= 90
     boxes = {"XTiles": (tiles.block_m, tiles.block_k), "WeightTiles": (tiles.block_n, tiles.block_k)} if tma else {}
-    absent = ([] if tma else ["XTiles", "WeightTiles"]) + (["Residual"] if silu else [])
+    absent = ([] if tma else ["XTiles", "WeightTiles"]) + ([] if residual else ["Residual"]) + ([] if int8 else ["Steps"])
     constants = {
         **dict.fromkeys(absent), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k,
         "GROUP": tiles.group, "SILU": silu, "EXACT": False, "TMA": tma, "PRECISION": "tf32",
     }  # fmt: skip
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    return compile_kernel(compiled_modules()["triton_linear"].linear_kernel, constants, options, capability, boxes, "*fp16")
+    pointers = dict.fromkeys(("X", "Weight"), "i8" if int8 else "fp16") | {"Residual": residual, "Out": out}
+    options, kernel = (
+        {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
+        compiled_modules()["triton_linear"].linear_kernel,
+    )
+    return compile_kernel(kernel, constants, options, capability, pointers, boxes, ("columns", "residual_row") if ragged else ())
 
 
 # ---- tables that depend on weights only
@@ -219,25 +249,49 @@ def bias_tables(sizes: Sizes, capability: int, position: np.ndarray, time: np.nd
 
 # ---- the graph
 
+_TENSORS = {"fp16": "half", "fp32": "float", "i8": "int32", "i32": "int32"}
+"""As what TensorRT 8 sees tensors between kernels, by what they hold."""
 
-def fuse(model: onnx.ModelProto, capability: int = 90, batch: int = 8, halves: bool = False) -> onnx.ModelProto:
-    """A copy in which the nodes of `hstu_lab.tensorrt_parts` are kernels compiled for `capability`, tiled for `batch` sequences.
 
-    `halves` puts a cast to float16 before each; without, the engine must choose float16 there by itself (TensorRT 8). Raises
-    FuseError for a graph that `hstu_lab.tensorrt_parts` did not trace.
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A product with a weight, and all that follows it, as the graph has it. values (K, N) of the weight, float32, or int8
+    with `steps` (N,), which hold those of x as well; `after`: tensors on the way from `name` to `out`."""
+
+    x: str
+    name: str
+    weight: str
+    values: np.ndarray
+    steps: np.ndarray | None
+    bias: str
+    silu: bool
+    residual: str
+    out: str
+    after: tuple[str, ...]
+
+
+def fuse(model: onnx.ModelProto, capability: int = 90, batch: int = 8) -> onnx.ModelProto:
+    """A copy in which the nodes of `hstu_lab.tensorrt_parts`, and the norms and products around them, are kernels compiled for
+    `capability`, tiled for `batch` sequences. They compute in float16 and int8 whatever the graph says elsewhere.
+
+    Raises FuseError for a graph that `hstu_lab.tensorrt_parts` did not trace, and for sizes that the kernels do not take.
     """
-    edit = _Fuser(model, capability, batch, halves)
+    edit = _Fuser(model, capability, batch)
     for node in list(edit.graph.node):
-        if node.domain != DOMAIN:
-            edit.nodes.append(node)
+        if node.output[0] in edit.products:
+            edit.linear(edit.products[node.output[0]])
+        elif node.output[0] in edit.replaced or node.output[0] in edit.integers:
+            continue
         elif node.op_type == "HstuAttention":
             edit.attention(node)
-        elif node.op_type == "NormGate":
-            edit.norm_gate(node)
-        elif node.op_type in ("ProjectSilu", "ProjectResidual"):
-            edit.linear(node)
-        else:
+        elif node.op_type in _NORMS:
+            edit.norm(node)
+        elif node.op_type == "LastEvent":
+            edit.last(node)
+        elif node.domain == DOMAIN:
             raise FuseError(f"{node.op_type}: no kernel for this node")
+        else:
+            edit.nodes.append(node)
     made = edit.finish()
     del made.graph.value_info[:]
     kept = [entry for entry in made.opset_import if entry.domain != DOMAIN]
@@ -247,25 +301,105 @@ def fuse(model: onnx.ModelProto, capability: int = 90, batch: int = 8, halves: b
     return made
 
 
+_NORMS = ("LayerNormalization", "NormGate")
+
+
 class _Fuser(Editor):
-    def __init__(self, model: onnx.ModelProto, capability: int, batch: int, halves: bool):
+    def __init__(self, model: onnx.ModelProto, capability: int, batch: int):
         super().__init__(model)
-        self.capability, self.batch, self.halves = capability, batch, halves
+        self.capability, self.batch = capability, batch
         self.made = {name: node for node in self.graph.node for name in node.output}
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in self.graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
         self.shapes = {
             value.name: [dim.dim_value or dim.dim_param for dim in value.type.tensor_type.shape.dim]
             for value in (*self.graph.value_info, *self.graph.input, *self.graph.output)
         }
+        self.outputs = {value.name for value in self.graph.output}
         self.prepared: dict[tuple, dict[str, str]] = {}
-        self.ours: set[str] = set()
+        self.ours: dict[str, str] = {}
+        self.integers: dict[str, float] = {}
+        """Steps of the int8 tensors that kernels of ours write."""
+        self.products: dict[str, Product] = {}
+        self.find_products()
+        self.replaced = {name for product in self.products.values() for name in product.after}
+
+    def find_products(self) -> None:
+        groups: dict[str, list[Product | None]] = {}
+        for node in self.graph.node:
+            if node.op_type == "MatMul":
+                quantised = self.quantised(node.input[0])
+                groups.setdefault(quantised[0] if quantised else node.output[0], []).append(self.product(node, quantised))
+        for name, found in groups.items():
+            if all(found):
+                if found[0].steps is not None:
+                    quantised, base, step = self.quantised(name)
+                    readers = [reader for node in self.readers[quantised] for reader in self.readers[node.output[0]]]
+                    if len(self.readers[base]) > 1 or len(readers) > len(found):
+                        continue  # somebody else reads it, as a float: the engine's own
+                    self.integers[name] = step
+                self.products |= {product.out: product for product in found}
+
+    def quantised(self, name: str) -> tuple[str, str, float] | None:
+        """Where `name` is made by QuantizeLinear, or DequantizeLinear of that: (int8 tensor, what it is made of, its step)."""
+        node = self.made.get(name)
+        if node is not None and node.op_type == "DequantizeLinear":
+            node = self.made.get(node.input[0])
+        if node is None or node.op_type != "QuantizeLinear" or self.weights[node.input[2]].any():
+            return None
+        return node.output[0], node.input[0], float(self.weights[node.input[1]])
+
+    def product(self, node: onnx.NodeProto, quantised: tuple[str, str, float] | None) -> Product | None:
+        """The product that a node begins, where it reads a norm of ours and ends in SiLU, a sum, or an output of the graph."""
+        x, weight = node.input
+        steps, values, base = None, self.weights.get(weight), x
+        if quantised:
+            stored = self.made.get(weight)
+            if stored is None or stored.op_type != "DequantizeLinear" or stored.input[0] not in self.weights:
+                return None
+            x, base, step = quantised
+            values, steps = self.weights[stored.input[0]], step * self.weights[stored.input[1]]
+        norm = self.made.get(base)
+        if values is None or values.ndim != 2 or norm is None or norm.op_type not in (*_NORMS, "LastEvent"):
+            return None
+        after = [node.output[0]]
+
+        def only(kind: str) -> onnx.NodeProto | None:
+            found = self.readers.get(after[-1], [])
+            return found[0] if len(found) == 1 and found[0].op_type == kind and after[-1] not in self.outputs else None
+
+        def other(add: onnx.NodeProto) -> str:
+            return add.input[1] if add.input[0] == after[-1] else add.input[0]
+
+        add = only("Add")
+        if add is None or getattr(self.weights.get(bias := other(add)), "ndim", 0) != 1:
+            return None
+        after.append(add.output[0])
+        readers, residual, silu = self.readers.get(after[-1], []), "", False
+        if add := only("Add"):
+            residual = other(add)
+            after.append(add.output[0])
+        elif silu := sorted(reader.op_type for reader in readers) == ["Mul", "Sigmoid"]:
+            sigmoid, gate = sorted(readers, key=lambda reader: reader.op_type != "Sigmoid")
+            if sorted(gate.input) != sorted([after[-1], sigmoid.output[0]]):
+                return None
+            after += [sigmoid.output[0], gate.output[0]]
+        elif readers:
+            return None
+        *before, out = after
+        return Product(x, node.output[0], weight, values, steps, bias, silu, residual, out, tuple(before))
 
     def launch(self, kernel: Kernel, grid, arguments: dict[str, object], outputs: dict[str, tuple], name: str) -> None:
         """A node that runs `kernel`. arguments: (tensor, type, offset in bytes), with (rows, columns, stride) behind it for what
-        is read by the tensor memory accelerator, or a number's text, or nothing; outputs: argument -> (tensor, type, dims)."""
+        is read by the tensor memory accelerator, or a number's text, or nothing; outputs: argument -> (tensor, kind, dims)."""
         tensors: dict[str, str] = {}
         lines = []
         for argument in kernel.arguments:
             value = arguments.get(argument)
+            if argument in _ALIGNED and argument not in kernel.ragged and value is not None and value % 16:
+                raise FuseError(f"{name}: {argument} is {value}; the kernels here want multiples of 16")
             if argument in outputs:
                 lines.append(f"arg out {list(outputs).index(argument)}")
             elif isinstance(value, tuple):
@@ -285,14 +419,22 @@ class _Fuser(Editor):
         lines += ["arg null"] * 2  # Triton's scratch memories, of which nothing is used
         head = [f"kernel {kernel.name}", f"threads {kernel.threads}", f"shared {kernel.shared}"]
         head += [f"grid {' '.join(map(str, grid))}", f"in {' '.join(tensors.values())}"]
-        head += [f"out {kind} {' '.join(map(str, dims))}" for _, kind, dims in outputs.values()]
+        for tensor, kind, dims in outputs.values():
+            packed = (*dims[:-1], dims[-1] // 4) if kind == "i8" else dims
+            head.append(f"out {_TENSORS[kind]} {' '.join(map(str, packed))}")
+            self.ours[tensor] = kind
         attributes = {"launch": "\n".join(head + lines), "cubin": kernel.cubin.hex()}
         names = [tensor for tensor, _, _ in outputs.values()]
-        self.ours.update(names)
         self.nodes.append(helper.make_node("CompiledKernel", list(tensors), names, name=name, **attributes))
 
-    def as_half(self, name: str) -> str:
-        return self.half(name) if self.halves and name not in self.ours else name
+    def given(self, name: str, kind: str, offset: int = 0) -> tuple[str, str, int]:
+        """An argument of `launch` that a kernel reads as `kind`."""
+        return name, _TENSORS[kind], offset
+
+    def words(self, name: str, values: np.ndarray) -> str:
+        """A constant of halves or int8 values (N, K) as one of int32."""
+        bits = 8 * values.itemsize
+        return self.constant(f"{name}_{bits}_bits", np.ascontiguousarray(values).view(np.int32))
 
     def source(self, name: str) -> tuple[str, int, int]:
         """(tensor, its width, first column) of which `name` (B, N, ...) is a slice of the last axis, reshaped or not."""
@@ -322,7 +464,7 @@ class _Fuser(Editor):
         given: dict[str, object] = {"Offsets": (offsets, "int32", 0)}
         for letter, name in zip("QKV", (q, k, v)):
             tensor, width, first = self.source(name)
-            given[letter] = (self.as_half(tensor), "half", 2 * first)
+            given[letter] = self.given(tensor, "fp16", 2 * first)
             given[f"{letter}Tiles"] = (*given[letter], f"0:{length}", heads * d, width)
             given |= {f"{letter.lower()}_row": width, f"{letter.lower()}_head": d}
         if candidates:
@@ -339,7 +481,7 @@ class _Fuser(Editor):
             "origin": plan.origin, "table_len": plan.table_len, "half_scale": repr(0.5 * d**-0.5),
             "out_scale": repr(1 / wanted["divisor"]),
         }  # fmt: skip
-        outputs = {"Out": (node.output[0], "half", ("0:1", length, heads, d))}
+        outputs = {"Out": (node.output[0], "fp16", ("0:1", length, heads, d))}
         self.launch(kernel, (f"0:{heads * plan.max_tiles}", 1, 1), given, outputs, f"{node.name}_attention")
 
     def prepare(self, sizes: Sizes, plan, offsets: str, times: str, candidates: str) -> dict[str, str]:
@@ -364,44 +506,74 @@ class _Fuser(Editor):
                 "Relative": ("0:1", sizes.length), "FastTiles": ("0:1", plan.max_tiles, plan.parts), "Ordered": ("0:1",),
                 "Lowest": tiled, "Bounds": (*tiled, tiles.block_m),
             }  # fmt: skip
-            outputs = {name: (f"prepared_{number}_{name}", "int32", shape) for name, shape in dims.items()}
+            outputs = {name: (f"prepared_{number}_{name}", "i32", shape) for name, shape in dims.items()}
             self.launch(kernel, (plan.max_tiles * plan.parts, "0:1", 1), given, outputs, f"prepare_{number}")
             self.prepared[key] = {name: tensor for name, (tensor, _, _) in outputs.items()}
         return self.prepared[key]
 
-    def linear(self, node: onnx.NodeProto) -> None:
-        x, weight, bias, *residual = node.input
-        columns, depth = self.weights[weight].shape
-        length = self.shapes[x][1]
-        tiles = linear_tiles(length * self.batch, columns)
-        kernel = linear_kernel(tiles, not residual, self.capability)
+    def norm(self, node: onnx.NodeProto) -> None:
+        """LayerNorm with or without a gate; written as int8 where nobody but a quantised product reads it."""
+        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        gated = node.op_type == "NormGate"
+        x, weight, bias = (node.input[i] for i in ((0, 2, 3) if gated else (0, 1, 2)))
+        while gated and (before := self.made.get(x)) is not None and before.op_type == "Reshape":
+            x = before.input[0]  # heads beside each other are in memory what they are as one row
+        if not gated and attributes.get("axis", -1) not in (-1, len(self.shapes[node.output[0]]) - 1):
+            raise FuseError(f"{node.name}: a norm over more than the last axis")
+        length, width = self.shapes[node.output[0]][1:]
+        padded = triton.next_power_of_2(width)
+        rows = max(1, 2048 // padded)
+        kind, out, made = self.ours.get(x, "fp32"), node.output[0], "fp16"
+        weights = {"Weight": self.weights[weight], "Bias": self.weights[bias]}
+        reader = self.readers[out][0]
+        if reader.output[0] in self.integers:
+            out, made = reader.output[0], "i8"
+            weights = {key: value / self.integers[out] for key, value in weights.items()}
         given: dict[str, object] = {
-            "X": (self.as_half(x), "half", 0), "Weight": (self.half(weight), "half", 0), "Bias": (self.half(bias), "half", 0),
-            "x_row": depth, "rows": f"0:{length}", "columns": columns, "depth": depth, "residual_row": columns,
+            "X": self.given(x, kind), "x_row": width, "rows": f"0:{length}", "width": width,
+            "eps": repr(attributes["eps" if gated else "epsilon"]),
         }  # fmt: skip
-        given["XTiles"] = (*given["X"], f"0:{length}", depth, depth)
-        given["WeightTiles"] = (*given["Weight"], columns, depth, depth)
-        if residual:
-            given["Residual"] = (self.as_half(residual[0]), "half", 0)
-        per_column = triton.cdiv(columns, tiles.block_n)
-        if length % tiles.block_m:
-            raise FuseError(f"{length} rows a sequence are no multiple of {tiles.block_m}: the grid would not be whole")
-        outputs = {"Out": (node.output[0], "half", ("0:1", length, columns))}
-        self.launch(kernel, (f"0:{length // tiles.block_m * per_column}", 1, 1), given, outputs, f"{node.name}_linear")
+        given |= {key: (self.constant(f"{out}_{key}", value.astype(np.float32)), "float", 0) for key, value in weights.items()}
+        if gated:
+            tensor, gate_width, first = self.source(node.input[1])
+            given |= {"Gate": self.given(tensor, "fp16", 2 * first), "gate_row": gate_width}
+        kernel = norm_kernel(width, rows, gated, (kind, made), self.capability)
+        outputs = {"Out": (out, made, ("0:1", length, width))}
+        self.launch(kernel, (f"0:{length}/{rows}", 1, 1), given, outputs, f"{node.output[0]}_norm")
 
-    def norm_gate(self, node: onnx.NodeProto) -> None:
-        attended, gate, weight, bias = node.input
-        while (before := self.made.get(attended)) is not None and before.op_type == "Reshape":
-            attended = before.input[0]  # heads beside each other are in memory what they are as one row
-        tensor, gate_width, first = self.source(gate)
-        _, length, width = self.shapes[gate]
-        rows = max(1, 2048 // triton.next_power_of_2(width))
-        eps = next(attribute.f for attribute in node.attribute if attribute.name == "eps")
+    def last(self, node: onnx.NodeProto) -> None:
+        x, lengths, weight, bias = node.input
+        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        length, width = self.shapes[x][1:]
+        kind = self.ours.get(x, "fp32")
         given = {
-            "X": (self.as_half(attended), "half", 0), "Gate": (self.as_half(tensor), "half", 2 * first),
-            "Weight": (weight, "float", 0), "Bias": (bias, "float", 0), "x_row": width, "gate_row": gate_width,
-            "rows": f"0:{length}", "width": width, "eps": repr(eps),
+            "X": self.given(x, kind), "Lengths": (lengths, "int32", 0), "Weight": (weight, "float", 0),
+            "Bias": (bias, "float", 0), "length": length, "width": width, "eps": repr(attributes["eps"]),
+            "scale": repr(attributes["scale"]),
         }  # fmt: skip
-        kernel = norm_gate_kernel(width, rows, self.capability)
-        outputs = {"Out": (node.output[0], "half", ("0:1", length, width))}
-        self.launch(kernel, (f"0:{-(-length // rows)}", 1, 1), given, outputs, f"{node.name}_norm_gate")
+        outputs = {name: (tensor, _POINTERS[name], ("0:1", width)) for name, tensor in zip(("Hidden", "Scaled"), node.output)}
+        self.launch(last_kernel(width, kind, self.capability), ("0:1", 1, 1), given, outputs, f"{node.name}_last")
+
+    def linear(self, product: Product) -> None:
+        """A product with its bias, and SiLU or the residual sum."""
+        (depth, columns), int8 = product.values.shape, product.steps is not None
+        per = self.shapes[product.name][1] if len(self.shapes[product.name]) == 3 else 1
+        tiles = linear_tiles(per * self.batch, columns, int8)
+        held, ragged = "i8" if int8 else "fp16", bool(columns % 16)
+        residual = self.ours.get(product.residual, "fp32") if product.residual else ""
+        out = "fp32" if product.out in self.outputs else "fp16"
+        weight = self.words(product.weight, product.values.T if int8 else product.values.T.astype(np.float16))
+        given: dict[str, object] = {
+            "X": self.given(product.x, held), "Weight": (weight, "int32", 0), "Bias": (product.bias, "float", 0),
+            "x_row": depth, "rows": f"0:{per}", "columns": columns, "depth": depth, "residual_row": columns,
+        }  # fmt: skip
+        given["XTiles"] = (*given["X"], f"0:{per}", depth, depth)
+        given["WeightTiles"] = (*given["Weight"], columns, depth, depth)
+        if int8:
+            given["Steps"] = (self.constant(f"{product.name}_steps", product.steps), "float", 0)
+        if residual:
+            given["Residual"] = self.given(product.residual, residual)
+        grid = f"0:{per}/{tiles.block_m}*{triton.cdiv(columns, tiles.block_n)}"
+        dims = ("0:1", per, columns) if len(self.shapes[product.name]) == 3 else ("0:1", columns)
+        kernel = linear_kernel(tiles, int8, product.silu, residual, out, ragged, self.capability)
+        self.launch(kernel, (grid, 1, 1), given, {"Out": (product.out, out, dims)}, f"{product.out}_linear")

@@ -1,8 +1,9 @@
-"""The stack and the ranker with attention and gated norm as one node each, for engines that take operators of ours.
+"""The stack and the ranker with what is ours as one node each, for engines that take operators of ours.
 
 `hstu_lab.onnx_parts` spells attention out, and an engine that does not fuse it keeps B x H x N x N scores in memory. Here a
-graph says `hstu_lab::HstuAttention` and `hstu_lab::NormGate` instead; `hstu_lab.tensorrt_kernels` puts compiled kernels in their
-place, and `REFERENCE` lets `onnx.reference` run them for a test. The length is fixed, batch is free.
+graph says `hstu_lab::HstuAttention`, `NormGate` and `LastEvent` instead; `hstu_lab.tensorrt_kernels` puts compiled kernels in
+their place, and of the products around them. `REFERENCE` lets `onnx.reference` run the nodes, for calibration and tests. The
+length is fixed, batch is free.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from onnx.reference.op_run import OpRun
 from torch import Tensor
 
 from hstu_lab.config import ModelConfig
-from hstu_lab.model import HSTU
 from hstu_lab.onnx_parts import RankerPart, StackPart
 from hstu_lab.ops import reference
 
@@ -23,33 +23,25 @@ DOMAIN = "hstu_lab"
 
 
 class FusedStackPart(StackPart):
-    """`StackPart` with two nodes of ours a layer, with `projections` four. Padding is computed, and read by nobody."""
-
-    def __init__(self, model: HSTU, projections: bool = False):
-        super().__init__(model)
-        self.projections = projections
+    """`StackPart` with two nodes of ours a layer and one at the end. Padding is computed, and read by nobody."""
 
     def forward(self, x: Tensor, times: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, N, d_model), times (B, N) seconds, lengths (B,) -> logits (B, num_items), hidden (B, d_model)."""
-        return self.last(_run(self.stack, x, times, None, self.projections), lengths)
+        return self.last(_run(self.stack, x, times, None), lengths)
 
     def last(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """`StackPart.last` in products: a row picked by 0 and 1 needs no index for each of its columns, and the norm is not
-        `ReduceL2`, which TensorRT 8.6 misreads."""
-        position = torch.arange(x.shape[1], device=x.device)
-        picked = (position == (lengths - 1).unsqueeze(1)).to(x.dtype).unsqueeze(1)
-        norm = self.stack.final_norm
-        last = reference.layer_norm((picked @ x).squeeze(1), norm.weight, norm.bias, norm.eps)
-        length = (last.unsqueeze(1) @ last.unsqueeze(2)).squeeze(2).sqrt().clamp(min=1e-12)
-        return last / (length * self.stack.config.temperature) @ self.item_matrix.t() + self.shift, last
+        """`StackPart.last` with all that concerns one event in one node."""
+        norm, like = self.stack.final_norm, x[:, 0]
+        hidden, scaled = torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN}::LastEvent", (x, lengths, norm.weight, norm.bias),
+            {"eps": norm.eps, "scale": 1 / self.stack.config.temperature},
+            dtypes=(x.dtype, x.dtype), shapes=(like.shape, like.shape), version=1,
+        )  # fmt: skip
+        return scaled @ self.item_matrix.t() + self.shift, hidden
 
 
 class FusedRankerPart(RankerPart):
     """`RankerPart` likewise. A history and its candidates are moved together first: what follows a history are candidates."""
-
-    def __init__(self, model: HSTU, projections: bool = False):
-        super().__init__(model)
-        self.projections = projections
 
     def forward(self, x_history: Tensor, x_candidates: Tensor, times: Tensor, lengths: Tensor) -> Tensor:
         """x_history (B, N, d_model), x_candidates (B, C, d_model), times (B, N), lengths (B,) -> (B, C, 3)."""
@@ -59,19 +51,16 @@ class FusedRankerPart(RankerPart):
         source = torch.where(row < end, row, (row - end + num_history).clamp(max=total - 1))
         now = times.gather(1, (end - 1).clamp(min=0)).expand(-1, count)
         x = torch.cat([x_history, x_candidates], dim=1).gather(1, source.unsqueeze(2).expand(-1, -1, d))
-        x = _run(self.stack, x, torch.cat([times, now], dim=1).gather(1, source), total - lengths, self.projections)
+        x = _run(self.stack, x, torch.cat([times, now], dim=1).gather(1, source), total - lengths)
         ranked = (row[:, :count] + end).unsqueeze(2).expand(-1, -1, d)
         return self.scores(x.gather(1, ranked))
 
 
-def _run(stack, x: Tensor, times: Tensor, candidates: Tensor | None, projections: bool) -> Tensor:
+def _run(stack, x: Tensor, times: Tensor, candidates: Tensor | None) -> Tensor:
     """All layers, without the last norm; the last candidates (B,) rows of a sequence are candidates."""
     config: ModelConfig = stack.config
-    times = times - times[:, :1]  # differences count; an old TensorRT keeps seconds in 32 bits
     ops = types.SimpleNamespace(**vars(reference))
     ops.norm_gate = _norm_gate
-    if projections:
-        ops.project_silu, ops.project_residual = _project_silu, _project_residual
 
     def attend(_, q, k, v, bias):
         tables = (None, None) if bias is None else (bias.position, bias.time)
@@ -85,15 +74,6 @@ def _run(stack, x: Tensor, times: Tensor, candidates: Tensor | None, projections
 
 def _norm_gate(attended: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return _node("NormGate", (attended, gate, weight, bias), {"eps": eps}, gate)
-
-
-def _project_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    like = x.new_empty(1).expand(*x.shape[:-1], weight.shape[0])
-    return _node("ProjectSilu", (x, weight, bias), {}, like)
-
-
-def _project_residual(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    return _node("ProjectResidual", (y, weight, bias, x), {}, x)
 
 
 def _node(name: str, inputs: tuple[Tensor | None, ...], attributes: dict, like: Tensor) -> Tensor:
@@ -126,18 +106,13 @@ class NormGate(OpRun):
         return (reference.norm_gate(*map(torch.tensor, (attended, gate, weight, bias)), eps).numpy(),)
 
 
-class ProjectSilu(OpRun):
+class LastEvent(OpRun):
     op_domain = DOMAIN
 
-    def _run(self, x, weight, bias):
-        return (reference.project_silu(*map(torch.tensor, (x, weight, bias))).numpy(),)
-
-
-class ProjectResidual(OpRun):
-    op_domain = DOMAIN
-
-    def _run(self, y, weight, bias, x):
-        return (reference.project_residual(*map(torch.tensor, (y, weight, bias, x))).numpy(),)
+    def _run(self, x, lengths, weight, bias, eps=None, scale=None):
+        last = torch.tensor(x[np.arange(len(lengths)), lengths - 1])
+        hidden = reference.layer_norm(last, torch.tensor(weight), torch.tensor(bias), eps)
+        return hidden.numpy(), (torch.nn.functional.normalize(hidden, dim=-1) * scale).numpy()
 
 
 class GatherElements(OpRun):
@@ -149,4 +124,4 @@ class GatherElements(OpRun):
         return (np.take_along_axis(data, indices, axis=axis or 0),)
 
 
-REFERENCE = [HstuAttention, NormGate, ProjectSilu, ProjectResidual, GatherElements]
+REFERENCE = [HstuAttention, NormGate, LastEvent, GatherElements]

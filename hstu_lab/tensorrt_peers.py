@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from hstu_lab import tensorrt_bench as bench
 from hstu_lab.measure import measure
 
-LENGTH = 512
-WORK = (("stack", 1), ("stack", 8), ("ranker", 1), ("ranker", 8), ("encoder", 1), ("encoder", 8))
+WORK = (
+    *((part, 512, batch) for part in ("stack", "ranker", "encoder") for batch in bench.BATCHES),
+    *(("stack", length, batch) for length in bench.BUCKETS if length != 512 for batch in bench.BATCHES),
+)
+"""(part, length, batch)."""
 MODES = {"eager": None, "torch.compile": "default", "torch.compile max-autotune": "max-autotune-no-cudagraphs"}
 TRITON = "Triton ops"
 
@@ -32,8 +35,8 @@ class Peers:
             module.cuda().half()
         self.config = config
 
-    def feed(self, part: str, batch: int, full: bool = True) -> dict[str, torch.Tensor]:
-        given = bench.make_inputs(bench.Case(part, "fp16", LENGTH), batch, self.config, full)
+    def feed(self, part: str, length: int, batch: int, full: bool = True) -> dict[str, torch.Tensor]:
+        given = bench.make_inputs(bench.Case(part, "fp16", length), batch, self.config, full)
         tensors = {name: torch.from_numpy(value).cuda() for name, value in given.items()}
         return {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
 
@@ -43,6 +46,7 @@ class Peers:
             return {"stack": self._triton_stack, "ranker": self._triton_ranker}[part]
         module = self.parts[part]
         if MODES[mode] is not None:
+            torch.compiler.reset()  # one module's code is compiled for eight shapes at most
             module = torch.compile(module, mode=MODES[mode], dynamic=False)
         return lambda feed: lambda: module(**feed)
 
@@ -50,9 +54,10 @@ class Peers:
         part, lengths = self.parts["stack"], feed["lengths"].tolist()
         stack, offsets = _with_triton(part.stack), _offsets(lengths)
         x, times = (torch.cat([row[:n] for row, n in zip(feed[name], lengths)]) for name in ("x", "times"))
+        longest = max(lengths)
 
         def run():
-            hidden = stack.jagged(x, offsets, times, max_len=LENGTH)[offsets[1:] - 1]
+            hidden = stack.jagged(x, offsets, times, max_len=longest)[offsets[1:] - 1]
             logits = F.normalize(hidden, dim=-1) @ part.item_matrix.t() / self.config.temperature + part.shift
             return logits, hidden
 
@@ -64,42 +69,42 @@ class Peers:
         rows = zip(feed["x_history"], feed["x_candidates"], feed["times"], lengths)
         pieces = [(torch.cat([h[:n], c]), torch.cat([t[:n], t[n - 1].expand(count)])) for h, c, t, n in rows]
         x, times = (torch.cat(each) for each in zip(*pieces))
-        number = torch.full((len(lengths),), count, device=x.device)
+        number, longest = torch.full((len(lengths),), count, device=x.device), max(lengths) + count
         ranked = offsets[1:].unsqueeze(1) - count + torch.arange(count, device=x.device)
-        return lambda: part.heads(stack.jagged(x, offsets, times, number, LENGTH + count)[ranked]).sigmoid()
+        return lambda: part.heads(stack.jagged(x, offsets, times, number, longest)[ranked]).sigmoid()
 
 
 def compile_only(folder: pathlib.Path, modes: list[str], work=WORK) -> None:
     """Fill PyTorch's and Triton's compile caches, so that a later run only measures."""
     peers, results = Peers(folder), bench.Results(folder / f"compile-{'-'.join(modes).replace(' ', '-')}.log")
 
-    def once(name: str, part: str, batch: int, mode: str) -> None:
+    def once(name: str, part: str, length: int, batch: int, mode: str) -> None:
         start = time.perf_counter()
         with torch.inference_mode(), torch.autocast("cuda", torch.float16):
-            peers.runner(part, mode)(peers.feed(part, batch))()
+            peers.runner(part, mode)(peers.feed(part, length, batch))()
         torch.cuda.synchronize()
         results.add(name=name, seconds=time.perf_counter() - start)
 
-    for mode, part, batch in _tasks(modes, work):
-        results.guarded(f"{part} b{batch} {mode}", once, part, batch, mode)
+    for mode, *task in _tasks(modes, work):
+        results.guarded(_name(*task, mode), once, *task, mode)
 
 
 def torch_side(folder: pathlib.Path, modes: list[str], work=WORK) -> None:
-    """PyTorch's times of the 512-event cases in fp16 replayed from CUDA graphs, errors against fp32, and kernels by name."""
+    """PyTorch's times in fp16 replayed from CUDA graphs, errors against fp32, and kernels by name."""
     peers = Peers(folder)
     results = bench.Results(folder / f"torch-{'-'.join(modes).replace(' ', '-')}.jsonl")
 
-    def timed(name: str, part: str, batch: int, mode: str) -> None:
+    def timed(name: str, part: str, length: int, batch: int, mode: str) -> None:
         runner = peers.runner(part, mode)
         with torch.inference_mode(), torch.autocast("cuda", torch.float16):
-            answer = runner(peers.feed(part, batch, full=False))()
+            answer = runner(peers.feed(part, length, batch, full=False))()
             answer = answer if isinstance(answer, tuple) else (answer,)
-            with np.load(bench.Case(part, "fp16", LENGTH).data(folder, batch)) as stored:
+            with np.load(bench.Case(part, "fp16", length).data(folder, batch)) as stored:
                 errors = {
                     key: bench.error(a.float().cpu().numpy(), stored[f"expected {key}"])
                     for key, a in zip(bench.OUTPUTS[part], answer)
                 }
-            run = runner(peers.feed(part, batch))
+            run = runner(peers.feed(part, length, batch))
             result = measure(run, name=name, cuda_graph=True, repeats=30, min_time=0.3)
             launched = measure(run, name=name, repeats=20, min_time=0.2, device="cuda")
         results.add(name=name, samples=list(result.samples), calls=result.calls, clock=result.clock, errors=errors)
@@ -110,13 +115,17 @@ def torch_side(folder: pathlib.Path, modes: list[str], work=WORK) -> None:
         with torch.inference_mode(), torch.autocast("cuda", torch.float16):
             results.add(name=name, kernels=_kernels(run))
 
-    for mode, part, batch in _tasks(modes, work):
-        results.guarded(f"{part} b{batch} {mode}", timed, part, batch, mode)
+    for mode, *task in _tasks(modes, work):
+        results.guarded(_name(*task, mode), timed, *task, mode)
 
 
-def _tasks(modes: list[str], work) -> list[tuple[str, str, int]]:
-    """(mode, part, batch) of all that can run: the encoder has no operators of ours."""
-    return [(mode, part, batch) for mode in modes for part, batch in work if not (mode == TRITON and part == "encoder")]
+def _tasks(modes: list[str], work) -> list[tuple[str, str, int, int]]:
+    """(mode, part, length, batch) of all that can run: the encoder has no operators of ours."""
+    return [(mode, *task) for mode in modes for task in work if not (mode == TRITON and task[0] == "encoder")]
+
+
+def _name(part: str, length: int, batch: int, mode: str) -> str:
+    return f"{part}{'' if length == 512 else f'-{length}'} b{batch} {mode}"
 
 
 def _kernels(run) -> dict[str, float]:
@@ -163,4 +172,4 @@ def onnxruntime_side(folder: pathlib.Path) -> None:
         results.add(name=name, samples=list(result.samples), calls=result.calls, clock=result.clock)
 
     for part, batch in (("stack", 1), ("ranker", 1), ("encoder", 1), ("stack", 8)):
-        results.guarded(f"{part} b{batch} ONNX Runtime CPU fp32", timed, bench.Case(part, "fp32", LENGTH), batch)
+        results.guarded(f"{part} b{batch} ONNX Runtime CPU fp32", timed, bench.Case(part, "fp32", 512), batch)

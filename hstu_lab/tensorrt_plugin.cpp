@@ -2,10 +2,11 @@
 //
 // Two texts say everything. `cubin`: the machine code in hexadecimal. `launch`: a line a fact,
 //     kernel NAME | threads N | shared BYTES | grid X Y Z | in TYPE... | out TYPE DIM... | arg KIND VALUE
-// where a number is A or A:B, which stands for A + B * (rows of the first input), and an argument is one of
+// where a number is A, A:B or A:B/C*D, which stands for A + D * ceil(B * rows of the first input / C), and an argument is one of
 //     in INDEX BYTES | out INDEX | i32 NUMBER | f32 NUMBER | null
-//     map INDEX BYTES ROWS COLUMNS STRIDE BOX_ROWS BOX_COLUMNS SWIZZLE
-// A map describes a matrix of halves to the tensor memory accelerator (compute capability 9 and up); STRIDE counts elements.
+//     map INDEX BYTES ROWS COLUMNS STRIDE BOX_ROWS BOX_COLUMNS SWIZZLE SIZE
+// A map describes a matrix to the tensor memory accelerator (compute capability 9 and up): elements of SIZE bytes, halves (2) or
+// int8 (1), STRIDE of them a row.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -80,9 +81,9 @@ using Words = std::vector<std::string>;
 
 struct Number
 {
-    int64_t fixed = 0, each = 0;
+    int64_t fixed = 0, each = 0, share = 1, times = 1;
 
-    int64_t at(int32_t rows) const { return fixed + each * rows; }
+    int64_t at(int32_t rows) const { return fixed + times * ((each * rows + share - 1) / share); }
 
     bool parse(std::string const& word)
     {
@@ -90,7 +91,11 @@ struct Number
         fixed = std::strtoll(word.c_str(), &end, 10);
         if (*end == ':')
             each = std::strtoll(end + 1, &end, 10);
-        return !word.empty() && *end == '\0';
+        if (*end == '/')
+            share = std::strtoll(end + 1, &end, 10);
+        if (*end == '*')
+            times = std::strtoll(end + 1, &end, 10);
+        return !word.empty() && *end == '\0' && share > 0 && times > 0;
     }
 };
 
@@ -106,7 +111,7 @@ struct Argument
     size_t index = 0;
     Number number;
     float real = 0;
-    Number rows, columns, stride, boxRows, boxColumns, swizzle;
+    Number rows, columns, stride, boxRows, boxColumns, swizzle, size;
 };
 
 bool typeOf(std::string const& name, DataType& type)
@@ -205,7 +210,7 @@ private:
     {
         static std::map<std::string, std::pair<Argument::Kind, size_t>> const kinds{{"in", {Argument::IN, 4}},
             {"out", {Argument::OUT, 3}}, {"i32", {Argument::I32, 3}}, {"f32", {Argument::F32, 3}},
-            {"map", {Argument::MAP, 10}}, {"null", {Argument::NOTHING, 2}}};
+            {"map", {Argument::MAP, 11}}, {"null", {Argument::NOTHING, 2}}};
         auto found = kinds.find(words[1]);
         if (found == kinds.end() || words.size() != found->second.second)
             return false;
@@ -219,8 +224,8 @@ private:
         if ((onTensor && !argument.number.parse(words[3])) || (argument.kind == Argument::I32 && !argument.number.parse(words[2])))
             return false;
         Number* const parts[]{&argument.rows, &argument.columns, &argument.stride, &argument.boxRows, &argument.boxColumns,
-            &argument.swizzle};
-        for (size_t i = 0; argument.kind == Argument::MAP && i < 6; ++i)
+            &argument.swizzle, &argument.size};
+        for (size_t i = 0; argument.kind == Argument::MAP && i < 7; ++i)
             if (!parts[i]->parse(words[4 + i]))
                 return false;
         arguments.push_back(argument);
@@ -237,14 +242,14 @@ struct alignas(64) TensorMap
 
 bool encode(TensorMap& map, Argument const& argument, void const* address, int32_t batch, std::string const& kernel)
 {
-    constexpr int HALF = 6, PLAIN = 0, L2_128_BYTES = 2;
+    constexpr int BYTE = 0, HALF = 6, PLAIN = 0, L2_128_BYTES = 2;
     uint64_t const dims[]{static_cast<uint64_t>(argument.columns.at(batch)), static_cast<uint64_t>(argument.rows.at(batch))};
-    uint64_t const strides[]{2 * static_cast<uint64_t>(argument.stride.at(batch)), 0};
+    uint64_t const strides[]{argument.size.fixed * static_cast<uint64_t>(argument.stride.at(batch)), 0};
     uint32_t const box[]{static_cast<uint32_t>(argument.boxColumns.fixed), static_cast<uint32_t>(argument.boxRows.fixed)};
     uint32_t const steps[]{1, 1};
     auto start = const_cast<char*>(static_cast<char const*>(address)) + argument.number.at(batch);
     return !failed("describing a tensor", kernel,
-        Driver::get()->encodeMap(&map, HALF, 2, start, dims, strides, box, steps, PLAIN,
+        Driver::get()->encodeMap(&map, argument.size.fixed == 1 ? BYTE : HALF, 2, start, dims, strides, box, steps, PLAIN,
             static_cast<int>(argument.swizzle.fixed), L2_128_BYTES, PLAIN));
 }
 
@@ -326,7 +331,7 @@ public:
         return loaded ? 0 : 1;
     }
 
-    // A network knows only float and int32; which halves they are is settled by supportsFormatCombination.
+    // A network knows only float and int32; which are halves is settled by supportsFormatCombination.
     DataType getOutputDataType(int32_t index, DataType const*, int32_t) const noexcept override
     {
         auto type = launch.outputs[index].type;

@@ -48,15 +48,20 @@ def compile_plugin() -> pathlib.Path:
     return made
 
 
-@functools.cache
-def register(library: Library) -> None:
-    """Make TensorRT's parser and runtime know the node `CompiledKernel`. Raises PluginError where it takes no such plugin."""
+def check_library(library: Library) -> None:
+    """Raise PluginError where `library` cannot run kernels of ours."""
     if library.is_rtx or not library.version.startswith(("8.5", "8.6")):
         raise PluginError(
             f"{library.label} cannot run compiled kernels of ours; TensorRT 8.5 and 8.6 can, or export without them"
         )
     if sys.platform != "linux":
         raise PluginError("compiled kernels inside an engine are for Linux; export without them")
+
+
+@functools.cache
+def register(library: Library) -> None:
+    """Make TensorRT's parser and runtime know the node `CompiledKernel`. Raises PluginError where it takes no such plugin."""
+    check_library(library)
     plugin, runtime = ctypes.CDLL(str(compile_plugin())), ctypes.CDLL("libnvinfer.so.8")
     runtime.getPluginRegistry.restype = ctypes.c_void_p
     plugin.hstu_lab_register.argtypes, plugin.hstu_lab_register.restype = [ctypes.c_void_p], ctypes.c_bool

@@ -14,7 +14,7 @@ from hstu_lab.tensorrt_engine import Engine
 
 CONFIG = preset("tiny").replace(num_layers=2, max_seq_len=600)
 CASES = tuple(
-    bench.Case(part, "fp16", 256, (3,), loose=True, fused=how) for part in ("ranker", "stack") for how in ("fused", "whole")
+    bench.Case(part, precision, 256, (3,), fused=True) for part in ("ranker", "stack") for precision in ("fp16", "int8")
 )
 
 

@@ -75,7 +75,7 @@ def _tensorrt_python() -> str:
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
 def test_engines_with_our_kernels_inside_give_the_plain_answers(tmp_path):
-    """Attention, gated norm and projections as plugins, mixed lengths, with and without a CUDA graph; for a GPU of sm_90."""
+    """Whole layers as plugins in fp16 and int8, mixed lengths, with and without a CUDA graph; for a GPU of sm_90."""
     if tensorrt_library.gpu_target() != "sm_90":
         pytest.skip("the benchmark's kernels are compiled for compute capability 9.0")
     bench.export(tmp_path, fused_engines.CASES, fused_engines.CONFIG)
@@ -87,7 +87,7 @@ def test_engines_with_our_kernels_inside_give_the_plain_answers(tmp_path):
     lines = [line.split() for line in done.stdout.splitlines()]
     assert len(lines) == 2 * (2 * 1 + 2 * 2)
     for case, output, error in lines:
-        assert 0 < float(error) < 5e-3, (case, output, error)
+        assert 0 < float(error) < (5e-2 if "int8" in case else 5e-3), (case, output, error)
 
 
 def test_what_the_far_side_refuses_is_told(folder):

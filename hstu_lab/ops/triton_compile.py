@@ -190,11 +190,15 @@ def _specification(name: str, capability: int, d: int, length: int) -> tuple[obj
         return memory.gather_sum_kernel, {"TABLES": 3, "ROWS": 2, "WIDTH": 1024}, 4, 3, {}, None
     if name == "jagged_to_dense":
         return memory.jagged_dense_kernel, {"TO_DENSE": True, "ROWS": 2, "WIDTH": 1024}, 4, 3, {}, None
-    if name == "project_silu":
-        descriptors = dict.fromkeys(("XTiles", "WeightTiles"), "tensordesc<bf16[128, 64]>") if tma else {}
+    if name in ("project_silu", "project_int8"):
+        kind, deep = ("bf16", 64) if name == "project_silu" else ("i8", 128)
+        descriptors = dict.fromkeys(("XTiles", "WeightTiles"), f"tensordesc<{kind}[128, {deep}]>") if tma else {}
+        if kind == "i8":
+            descriptors |= {"X": "*i8", "Weight": "*i8", "Steps": "*fp32"}
         arguments = {
-            **dict.fromkeys(("Residual", *(() if tma else ("XTiles", "WeightTiles")))), "BLOCK_M": 128, "BLOCK_N": 128,
-            "BLOCK_K": 64, "GROUP": 8, "SILU": True, "EXACT": False, "TMA": tma, "PRECISION": "tf32",
+            **dict.fromkeys(("Residual", *(["Steps"] * (kind != "i8")), *(() if tma else ("XTiles", "WeightTiles")))),
+            "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": deep, "GROUP": 8, "SILU": True, "EXACT": False, "TMA": tma,
+            "PRECISION": "tf32",
         }  # fmt: skip
         return linear.linear_kernel, arguments, 8, 4 if tma else 3, descriptors, None
     raise ValueError(f"kernel {name!r} is unknown: use one of {', '.join(KERNELS)}")
@@ -202,7 +206,7 @@ def _specification(name: str, capability: int, d: int, length: int) -> tuple[obj
 
 KERNELS = (
     "attention", "attention_position", "attention_bias", "prepare", "decode", "extend", "sum_splits", "norm_gate", "gather_sum",
-    "jagged_to_dense", "project_silu",
+    "jagged_to_dense", "project_silu", "project_int8",
 )  # fmt: skip
 """Names that `compile_kernel` takes."""
 

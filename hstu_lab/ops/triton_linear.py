@@ -1,4 +1,7 @@
-"""The layer's two projections, each one kernel: matrix product, bias, then SiLU or the residual sum, without a trip to memory."""
+"""The layer's two projections, each one kernel: matrix product, bias, then SiLU or the residual sum, without a trip to memory.
+
+Of int8 values (`project_int8`) the product is exact in int32 and becomes a float in the same place.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +30,12 @@ class LinearTiles:
 
 @triton.jit(do_not_specialize=["rows"])
 def linear_kernel(
-    X, Weight, XTiles, WeightTiles, Bias, Residual, Out, x_row, residual_row, rows, columns, depth,
+    X, Weight, XTiles, WeightTiles, Steps, Bias, Residual, Out, x_row, residual_row, rows, columns, depth,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SILU: tl.constexpr,
     EXACT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of SiLU(X W^T + b), or of Residual + X W^T + b. X (rows, depth), Weight (columns, depth)."""
+    """One tile of SiLU(X W^T + b), or of X W^T + b, and Residual where there is one. X (rows, depth), Weight (columns, depth);
+    where Steps (columns,) are given, both are int8 and a product's column is so many times their integers'."""
     pid = tl.program_id(0)
     tiles_n = (columns + BLOCK_N - 1) // BLOCK_N
     tiles_m = (rows + BLOCK_M - 1) // BLOCK_M
@@ -42,7 +46,7 @@ def linear_kernel(
     m0 = (first + within % members) * BLOCK_M
     n0 = within // members * BLOCK_N
     row, column, inner = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    acc = tl.full((BLOCK_M, BLOCK_N), 0, tl.float32 if Steps is None else tl.int32)
     x_tile = X + row.to(tl.int64)[:, None] * x_row + inner[None, :]
     w_tile = Weight + column.to(tl.int64)[None, :] * depth + inner[:, None]
     for k0 in range(0, depth, BLOCK_K):
@@ -50,15 +54,17 @@ def linear_kernel(
             x = XTiles.load([m0, k0])
             w = WeightTiles.load([n0, k0]).T
         else:
-            x = tl.load(x_tile + k0, mask=(row < rows)[:, None] & (k0 + inner < depth)[None, :], other=0.0)
-            w = tl.load(w_tile + k0, mask=(column < columns)[None, :] & (k0 + inner < depth)[:, None], other=0.0)
+            x = tl.load(x_tile + k0, mask=(row < rows)[:, None] & (k0 + inner < depth)[None, :], other=0)
+            w = tl.load(w_tile + k0, mask=(column < columns)[None, :] & (k0 + inner < depth)[:, None], other=0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    if Steps is not None:
+        acc = acc.to(tl.float32) * tl.load(Steps + column, mask=column < columns, other=0.0)[None, :]
     acc += tl.load(Bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     row = row.to(tl.int64)
     if SILU:
         acc = silu_of_half(0.5 * acc, EXACT)
-    else:
+    elif Residual is not None:
         acc += tl.load(Residual + row[:, None] * residual_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
     tl.store(Out + row[:, None] * columns + column[None, :], acc.to(Out.dtype.element_ty), mask=inside)
 
@@ -75,12 +81,11 @@ def _default_tiles(x: Tensor, rows: int, columns: int) -> LinearTiles:
     return LinearTiles(64, 32, 128, 4, 4) if rows > 32 else LinearTiles(16, 64, 128, 4, 5)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, tiles: LinearTiles | None) -> Tensor:
-    check_dtype(x=x, weight=weight, bias=bias)
+def _linear(x: Tensor, weight: Tensor, steps: Tensor | None, bias: Tensor, residual: Tensor | None, tiles) -> Tensor:
     columns, depth = weight.shape
     x2 = x.reshape(-1, depth)
     rows = x2.shape[0]
-    out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype, device=x.device)
+    out = torch.empty(*x.shape[:-1], columns, dtype=bias.dtype, device=x.device)
     if rows == 0:
         return out
     x2, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (x2, weight))
@@ -93,9 +98,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, ti
         x_tiles = TensorDescriptor(x2, [rows, depth], [x2.stride(0), 1], [tiles.block_m, tiles.block_k])
         w_tiles = TensorDescriptor(weight, [columns, depth], [depth, 1], [tiles.block_n, tiles.block_k])
     linear_kernel[(triton.cdiv(rows, tiles.block_m) * triton.cdiv(columns, tiles.block_n),)](
-        x2, weight, x_tiles, w_tiles, bias, residual2, out, x2.stride(0), 0 if residual2 is None else residual2.stride(0),
+        x2, weight, x_tiles, w_tiles, steps, bias, residual2, out, x2.stride(0), 0 if residual2 is None else residual2.stride(0),
         rows, columns, depth, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP=tiles.group,
-        SILU=residual is None, EXACT=x.dtype == torch.float32 or interpreted(), TMA=tma,
+        SILU=residual is None, EXACT=bias.dtype == torch.float32 or interpreted(), TMA=tma,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return out
@@ -103,9 +108,21 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, ti
 
 def project_silu(x: Tensor, weight: Tensor, bias: Tensor, tiles: LinearTiles | None = None) -> Tensor:
     """SiLU(x W^T + b). x (..., D), weight (E, D), bias (E,) -> (..., E)."""
-    return _linear(x, weight, bias, None, tiles)
+    check_dtype(x=x, weight=weight, bias=bias)
+    return _linear(x, weight, None, bias, None, tiles)
 
 
 def project_residual(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor, tiles: LinearTiles | None = None) -> Tensor:
     """x + y W^T + b. y (..., E), weight (D, E), bias (D,), x (..., D) -> (..., D)."""
-    return _linear(y, weight, bias, x, tiles)
+    check_dtype(y=y, weight=weight, bias=bias, x=x)
+    return _linear(y, weight, None, bias, x, tiles)
+
+
+def project_int8(
+    x: Tensor, weight: Tensor, steps: Tensor, bias: Tensor, residual: Tensor | None = None, tiles: LinearTiles | None = None
+) -> Tensor:
+    """SiLU(steps * (x W^T) + b), or residual + steps * (x W^T) + b. x (..., D) and weight (E, D) int8, steps (E,) float32, the
+    step of x times that of a row of the weight; bias (E,) and residual (..., E) of the result's dtype -> (..., E)."""
+    if {x.dtype, weight.dtype} != {torch.int8} or steps.dtype != torch.float32:
+        raise TypeError(f"x is {x.dtype}, weight {weight.dtype}, steps {steps.dtype}: give int8, int8, float32")
+    return _linear(x, weight, steps, bias, residual, tiles)

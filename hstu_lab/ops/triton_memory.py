@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hstu_lab.ops.triton_runtime import add, interpreted
+from hstu_lab.ops.triton_runtime import add, interpreted, least, most
 
 MAX_TABLES = 8
 
@@ -17,7 +17,8 @@ def norm_kernel(
     X, Gate, Weight, Bias, Out, x_row, gate_row, rows, width, eps,
     WIDTH_PAD: tl.constexpr, ROWS: tl.constexpr, HAS_GATE: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows at a time: LayerNorm(X) * weight + bias, times Gate where there is one; moments in float32."""
+    """ROWS rows at a time: LayerNorm(X) * weight + bias, times Gate where there is one; moments in float32. Where Out is int8, to
+    the nearest of -128 to 127: weight and bias are then those of the result in steps."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH_PAD)
     inside = (row[:, None] < rows) & (column[None, :] < width)
@@ -33,7 +34,31 @@ def norm_kernel(
     y = centred * (1 / tl.sqrt(variance + eps))[:, None] * weight[None, :] + bias[None, :]
     if HAS_GATE:
         y = y * gate.to(tl.float32)
+    if Out.dtype.element_ty == tl.int8:
+        # Where floats are 1 apart, adding rounds half to even, and the integer is the sum's lowest byte.
+        y = (least(most(y, -128.0), 127.0) + 12582912.0).to(tl.int32, bitcast=True) & 255
     tl.store(Out + row[:, None] * width + column[None, :], y.to(Out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def last_kernel(
+    X, Lengths, Weight, Bias, Hidden, Scaled, length, width, eps, scale, WIDTH_PAD: tl.constexpr
+):  # fmt: skip
+    """One sequence: LayerNorm of row Lengths - 1 of its `length` rows (Hidden), and the same at the norm `scale` (Scaled)."""
+    b = tl.program_id(0)
+    column = tl.arange(0, WIDTH_PAD)
+    inside = column < width
+    row = b.to(tl.int64) * length + most(tl.load(Lengths + b) - 1, 0)
+    x = tl.load(X + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.reduce(x, 0, add) / width
+    centred = tl.where(inside, x - mean, 0.0)
+    variance = tl.reduce(centred * centred, 0, add) / width
+    y = centred * (1 / tl.sqrt(variance + eps)) * tl.load(Weight + column, mask=inside, other=0.0).to(tl.float32)
+    y += tl.load(Bias + column, mask=inside, other=0.0).to(tl.float32)
+    at = b.to(tl.int64) * width + column
+    tl.store(Hidden + at, y.to(Hidden.dtype.element_ty), mask=inside)
+    y *= scale / most(tl.sqrt(tl.reduce(y * y, 0, add)), 1e-12)
+    tl.store(Scaled + at, y.to(Scaled.dtype.element_ty), mask=inside)
 
 
 def _norm(x: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
