@@ -56,7 +56,7 @@ def linear_kernel(
         else:
             x = tl.load(x_tile + k0, mask=(row < rows)[:, None] & (k0 + inner < depth)[None, :], other=0)
             w = tl.load(w_tile + k0, mask=(column < columns)[None, :] & (k0 + inner < depth)[:, None], other=0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     if Steps is not None:
         acc = acc.to(tl.float32) * tl.load(Steps + column, mask=column < columns, other=0.0)[None, :]
     acc += tl.load(Bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
