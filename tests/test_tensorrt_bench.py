@@ -220,7 +220,7 @@ def test_both_sides_become_one_record(tmp_path, monkeypatch):
     assert record["data"]["stack-fp16-512 b1"]["errors"] == {"hidden": 1e-3}
 
 
-@pytest.mark.parametrize("name", ["tensorrt_engines", "tensorrt_ranker", "tensorrt_encoder", "tensorrt_ways"])
+@pytest.mark.parametrize("name", ["tensorrt_engines", "tensorrt_lengths", "tensorrt_ranker", "tensorrt_encoder", "tensorrt_ways"])
 def test_recorded_engines_are_within_the_tolerances(name):
     """All outputs but the logits, which are known to be off (notebook 07 says why)."""
     record = read_record(name, device="nvidia-h200")
