@@ -158,7 +158,7 @@ def engine_candidates(engine: Engine, history: int = 1024, count: int = 512, mic
                 note(f"N={length} users={at_once} cached, {size} at a time", seconds_of(send, len(items) - 1))
     engine.micro_batch = count
     for at_once, repeats in ((1, 20), (users, 6)):
-        others = iter(random_histories(engine.config, (repeats + 1) * at_once, history, 8))
+        others = iter(random_histories(engine.config, (repeats + 1) * at_once, history, 10 + at_once))
         send = lambda: engine.score([next(others) for _ in range(at_once)], items[:at_once])  # noqa: B023, E731
         send()
         note(f"N={history} users={at_once} one pass", seconds_of(send, repeats))
@@ -183,7 +183,8 @@ def candidates_load(
     prompts = random_histories(config, IN_FLIGHT, history, 9)
     items = [np.array(draw.sample(range(1, config.num_items), count)) for _ in prompts]
     engine.topk(prompts, [[]] * IN_FLIGHT, 1)
-    turn, done, errors, left, finished = itertools.count(), [], [], [IN_FLIGHT], threading.Event()
+    first_turn = random.getrandbits(16)  # whom an earlier load brought is not new
+    turn, done, errors, left, finished = itertools.count(first_turn), [], [], [IN_FLIGHT], threading.Event()
     start = time.perf_counter() + margin
 
     def send() -> None:
