@@ -160,13 +160,13 @@ def export(folder: pathlib.Path, cases=CASES, config=None) -> None:
     import torch
 
     from hstu_lab import onnx_export, onnx_precision, tensorrt_kernels
-    from hstu_lab.tensorrt_parts import REFERENCE
+    from hstu_lab.tensorrt_parts import FUSED, REFERENCE
 
     config, parts, model = make_parts(config)
     for part, length, fused in dict.fromkeys((case.part, case.length, case.fused) for case in cases):
         start, sizes = time.perf_counter(), {"length": length, "candidates": CANDIDATES}
         with torch.no_grad():
-            program = onnx_export.trace(part, _fused(part, model) if fused else parts[part], config, sizes)
+            program = onnx_export.trace(part, FUSED[part](model).eval() if fused else parts[part], config, sizes)
         plain = onnx_precision.fold_indices(program.model_proto)
         scales = None
         for case in (case for case in cases if (case.part, case.length, case.fused) == (part, length, fused)):
@@ -182,12 +182,6 @@ def export(folder: pathlib.Path, cases=CASES, config=None) -> None:
                 whole = tensorrt_kernels.fuse(made, KERNELS_FOR, batch) if fused else made
                 (folder / file).write_bytes(whole.SerializeToString())
         print(f"{part} {length}: {time.perf_counter() - start:.0f} s", flush=True)
-
-
-def _fused(part: str, model):
-    from hstu_lab.tensorrt_parts import FusedRankerPart, FusedStackPart
-
-    return {"stack": FusedStackPart, "ranker": FusedRankerPart}[part](model).eval()
 
 
 def all_weights(config=None) -> dict[str, np.ndarray]:

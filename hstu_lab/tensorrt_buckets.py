@@ -17,9 +17,8 @@ from hstu_lab.config import ModelConfig
 from hstu_lab.model import HSTU
 from hstu_lab.tensorrt_build import EngineCache, Progress, Request
 from hstu_lab.tensorrt_library import EngineError
-from hstu_lab.tensorrt_parts import FusedRankerPart, FusedStackPart
+from hstu_lab.tensorrt_parts import FUSED
 
-PARTS = {"stack": FusedStackPart, "ranker": FusedRankerPart}
 SHORTEST = 64
 
 
@@ -46,7 +45,7 @@ def export_buckets(
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for part, kind in PARTS.items():
+    for part, kind in FUSED.items():
         stated = onnx_export.load_onnx(source / f"{part}.onnx")
         metadata = {entry.key: entry.value for entry in stated.metadata_props}
         if metadata["precision"] == "fp32":

@@ -194,18 +194,6 @@ def last_kernel(width: int, kind: str, capability: int) -> Kernel:
     return compile_kernel(kernel, {"WIDTH_PAD": padded}, options, capability, pointers)
 
 
-def linear_tiles(rows: int, columns: int, int8: bool = False):
-    """Those of `triton_linear` for a GPU of `PROCESSORS`; a step of int8 is as many bytes."""
-    LinearTiles = compiled_modules()["triton_linear"].LinearTiles
-    if rows <= 32:
-        return LinearTiles(16, 64, 128, 4, 5)
-    deep = 128 if int8 else 64
-    for tiles in (LinearTiles(128, 128, deep, 8, 3), LinearTiles(64, 128, deep, 4, 4)):
-        if triton.cdiv(rows, tiles.block_m) * triton.cdiv(columns, tiles.block_n) >= 1.5 * PROCESSORS:
-            return tiles
-    return LinearTiles(64, 32, 128, 4, 4)
-
-
 @functools.cache
 def linear_kernel(tiles, int8: bool, silu: bool, residual: str, out: str, ragged: bool, capability: int) -> Kernel:
     """A projection of `hstu_lab.ops.triton_linear`. residual: the kind of what is added, or ""; out: of the result."""
@@ -217,11 +205,10 @@ def linear_kernel(tiles, int8: bool, silu: bool, residual: str, out: str, ragged
         "GROUP": tiles.group, "SILU": silu, "EXACT": False, "TMA": tma, "PRECISION": "tf32",
     }  # fmt: skip
     pointers = dict.fromkeys(("X", "Weight"), "i8" if int8 else "fp16") | {"Residual": residual, "Out": out}
-    options, kernel = (
-        {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
-        compiled_modules()["triton_linear"].linear_kernel,
-    )
-    return compile_kernel(kernel, constants, options, capability, pointers, boxes, ("columns", "residual_row") if ragged else ())
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    uneven = ("columns", "residual_row") if ragged else ()
+    kernel = compiled_modules()["triton_linear"].linear_kernel
+    return compile_kernel(kernel, constants, options, capability, pointers, boxes, uneven)
 
 
 # ---- tables that depend on weights only
@@ -558,7 +545,7 @@ class _Fuser(Editor):
         """A product with its bias, and SiLU or the residual sum."""
         (depth, columns), int8 = product.values.shape, product.steps is not None
         per = self.shapes[product.name][1] if len(self.shapes[product.name]) == 3 else 1
-        tiles = linear_tiles(per * self.batch, columns, int8)
+        tiles = compiled_modules()["triton_linear"].tiles_for(per * self.batch, columns, 1 if int8 else 2, PROCESSORS)
         held, ragged = "i8" if int8 else "fp16", bool(columns % 16)
         residual = self.ours.get(product.residual, "fp32") if product.residual else ""
         out = "fp32" if product.out in self.outputs else "fp16"

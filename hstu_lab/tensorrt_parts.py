@@ -56,6 +56,9 @@ class FusedRankerPart(RankerPart):
         return self.scores(x.gather(1, ranked))
 
 
+FUSED = {"stack": FusedStackPart, "ranker": FusedRankerPart}
+
+
 def _run(stack, x: Tensor, times: Tensor, candidates: Tensor | None) -> Tensor:
     """All layers, without the last norm; the last candidates (B,) rows of a sequence are candidates."""
     config: ModelConfig = stack.config

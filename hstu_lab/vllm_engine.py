@@ -124,9 +124,8 @@ def micro_batch(config: ModelConfig, options: EngineOptions) -> int:
     """Most candidates of one request of vLLM."""
     if options.enable_chunked_prefill:
         return options.micro_batch
-    return max(
-        min(options.micro_batch, options.max_num_batched_tokens - config.max_seq_len - 1), 0
-    )  # a request must fit into one step
+    fitting = options.max_num_batched_tokens - config.max_seq_len - 1  # a request must fit into one step
+    return max(min(options.micro_batch, fitting), 0)
 
 
 def room(config: ModelConfig, options: EngineOptions) -> int:

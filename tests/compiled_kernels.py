@@ -19,7 +19,7 @@ from hstu_lab import tensorrt_bench as bench
 from hstu_lab.config import preset
 from hstu_lab.ops import triton_attention, triton_bias, triton_linear, triton_memory
 from hstu_lab.ops.triton_runtime import interpreted
-from hstu_lab.tensorrt_parts import REFERENCE, GatherElements
+from hstu_lab.tensorrt_parts import FUSED, REFERENCE, GatherElements
 
 BATCH = 3
 MODULES = (triton_attention, triton_bias, triton_linear, triton_memory)
@@ -90,7 +90,7 @@ def main(name: str, precision: str, capability: int, length: int) -> None:
     case = bench.Case(name, precision, length, fused=True)
     bench.CANDIDATES = 32
     with torch.no_grad():
-        program = onnx_export.trace(name, bench._fused(name, model), config, {"length": length, "candidates": bench.CANDIDATES})
+        program = onnx_export.trace(name, FUSED[name](model).eval(), config, {"length": length, "candidates": bench.CANDIDATES})
     graph, scales = onnx_precision.fold_indices(program.model_proto), None
     if precision == "int8":
         seen = onnx_precision.calibrate(graph, [bench.make_inputs(case, BATCH, config, True)], REFERENCE)

@@ -69,16 +69,23 @@ def linear_kernel(
     tl.store(Out + row[:, None] * columns + column[None, :], acc.to(Out.dtype.element_ty), mask=inside)
 
 
+def tiles_for(rows: int, columns: int, size: int, processors: int) -> LinearTiles:
+    """Tiles for so many rows and columns of a result of elements of `size` bytes, 2 or 1, on so many multiprocessors."""
+    if rows <= 32:
+        return LinearTiles(16, 64, 128, 4, 5)
+    # Three stages of the large tile leave room for two programs on an SM, which four would not.
+    for tiles in (LinearTiles(128, 128, 128 // size, 8, 3), LinearTiles(64, 128, 128 // size, 4, 4)):
+        if triton.cdiv(rows, tiles.block_m) * triton.cdiv(columns, tiles.block_n) >= 1.5 * processors:
+            return tiles
+    return LinearTiles(64, 32, 128, 4, 4)
+
+
 def _default_tiles(x: Tensor, rows: int, columns: int) -> LinearTiles:
     if interpreted():
         return LinearTiles(16, 16, 16)
     if x.dtype == torch.float32:
         return LinearTiles(64, 64, 16, 4, 2)
-    # Three stages of the large tile leave room for two programs on an SM, which four would not.
-    for tiles in (LinearTiles(128, 128, 64, 8, 3), LinearTiles(64, 128, 64, 4, 4)):
-        if triton.cdiv(rows, tiles.block_m) * triton.cdiv(columns, tiles.block_n) >= 1.5 * processors(x):
-            return tiles
-    return LinearTiles(64, 32, 128, 4, 4) if rows > 32 else LinearTiles(16, 64, 128, 4, 5)
+    return tiles_for(rows, columns, x.element_size(), processors(x))
 
 
 def _linear(x: Tensor, weight: Tensor, steps: Tensor | None, bias: Tensor, residual: Tensor | None, tiles) -> Tensor:
