@@ -138,11 +138,14 @@ def _extend(d: int, length: int) -> tuple[object, dict, int, None, dict, int]:
     """`_specification` of the kernel for chunks of `length` queries on Hopper, 128 heads over pages of 16."""
     from hstu_lab.ops import triton_extend
 
-    tiles = triton_extend.default_tiles(d, 128, length, 132)
-    arguments = {"D": d, "PAGE": 16, "BLOCK_N": tiles.block_n, "STAGES": tiles.stages, "SCALED": d == 64}
+    tiles = triton_extend.default_tiles(d, length)
+    arguments = {
+        "D": d, "PAGE": 16, "BLOCK_N": tiles.block_n, "STAGES": tiles.stages, "SCALED": d == 64, "OVERLAP": tiles.overlap,
+        "WARPS": tiles.warps,
+    }  # fmt: skip
     block = f"tensordesc<bf16[16, {triton_extend.WIDTH.value}],{triton_extend.SHARED.value!r}>"
     descriptors = dict.fromkeys(("KeyTiles", "ValueTiles"), block)
-    return triton_extend.extend_kernel, arguments, 4, None, descriptors, tiles.maxnreg
+    return triton_extend.extend_kernel, arguments, tiles.warps, None, descriptors, tiles.maxnreg
 
 
 def _specification(name: str, capability: int, d: int, length: int) -> tuple[object, dict, int, int, dict, int | None]:

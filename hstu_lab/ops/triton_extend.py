@@ -1,7 +1,8 @@
 """Chunks of queries over the paged cache on Hopper, without a bias, in Gluon: Triton with the machine's parts in the open.
 
-A warp that computes nothing has the tensor memory accelerator copy keys and values, page by page where pages are shorter than a
-tile, so that the four warps that compute never wait for an address.
+Two warps that compute nothing have the tensor memory accelerator copy keys and values, page by page where pages are shorter than
+a tile, so that the warps that compute never wait for an address. What they have read they report one by one, at named barriers:
+a report through shared memory (mbarrier.arrive) would have them wait for each other first, three times a tile.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 WIDTH = gl.constexpr(64)
 """Columns of one copy: 128 bytes of half precision, the widest row that shared memory swizzles. Wider heads are two parts."""
 
-QUERIES = gl.constexpr(64)
-"""Rows of one matrix instruction of four warps: the queries of a program."""
+FIRST_BARRIER = gl.constexpr(4)
+"""Of a program's 16 named barriers the compiler takes its own from 0; from here on there is one a buffer: keys, then values."""
 
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
 
@@ -31,14 +32,26 @@ copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 @dataclasses.dataclass(frozen=True)
 class ExtendTiles:
-    """Key rows of a tile, tiles of keys held in shared memory, registers a thread at the start (the warps that compute take over
-    those of the copying one), programs that an SM holds, parts that the keys are split into."""
+    """Key rows of a tile, tiles of keys held in shared memory (at most 6, for want of named barriers), registers a thread at the
+    start (the warps that compute take over those of the copying ones), programs that an SM holds, parts that the keys are split
+    into, computing warps.
+
+    overlap: a product stays in flight while the next begins. That wants 112 registers of a computing thread at d = 64; with
+    fewer, ptxas has every single matrix instruction wait for the one before (its warning C7512).
+    """
 
     block_n: int
     stages: int
     maxnreg: int
     resident: int
     splits: int = 1
+    warps: int = 4
+    overlap: bool = True
+
+    @property
+    def queries(self) -> int:
+        """Queries of a program: 16 a warp."""
+        return 16 * self.warps
 
 
 @gluon.jit
@@ -49,42 +62,55 @@ def silu_of_half(half):
 
 
 @gluon.jit
+def release(barrier, threads, awaited):
+    """A warp says that it has read a buffer, if anybody waits for that, and goes on: no warp waits for another."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred awaited; setp.ne.s32 awaited, $3, 0; @awaited bar.arrive $1, $2; mov.b32 $0, $1; }", "=r,r,r,r",
+        [barrier, threads, awaited], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def await_release(barrier, threads):
+    """The copying warp waits until every computing warp has read a buffer; `threads` are theirs and its own."""
+    gl.inline_asm_elementwise(
+        "bar.sync $1, $2; mov.b32 $0, $1;", "=r,r,r", [barrier, threads], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def rows_of(table, n0, last_page, PAGE: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Rows of the cache where the pages of keys n0 .. n0 + BLOCK_N lie."""
-    ROWS: gl.constexpr = PAGE if PAGE < BLOCK_N else BLOCK_N
+    """Rows of the cache where the pages of keys n0 .. n0 + BLOCK_N lie; n0 is a multiple of BLOCK_N."""
     rows = ()
-    for piece in gl.static_range(BLOCK_N // ROWS):
-        key = n0 + piece * ROWS
-        page = gl.load(table + gl.minimum(key // PAGE, last_page)).to(gl.int32)
-        rows = rows + (page * PAGE + key % PAGE,)  # noqa: RUF005 - Triton knows no star
+    if PAGE < BLOCK_N:
+        for piece in gl.static_range(BLOCK_N // PAGE):
+            page = gl.load(table + gl.minimum(n0 // BLOCK_N * (BLOCK_N // PAGE) + piece, last_page)).to(gl.int32)
+            rows = rows + (page * PAGE,)  # noqa: RUF005 - Triton knows no star
+    else:
+        page = gl.load(table + gl.minimum(n0 // PAGE, last_page)).to(gl.int32)
+        rows = (page * PAGE + n0 % PAGE,)
     return rows
 
 
 @gluon.jit
 def feed(
-    KeyTiles, ValueTiles, table, keys, values, barriers, first, tiles, last_page, k_column, v_column, D: gl.constexpr,
-    PAGE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    Tiles, table, buffers, ready, first, tiles, last_page, column, D: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, BARRIER: gl.constexpr, THREADS: gl.constexpr,
 ):  # fmt: skip
-    """The copying warp: tiles of keys and values into buffers as they fall free."""
+    """A copying warp: tiles of keys, or of values, into buffers as they fall free."""
     ROWS: gl.constexpr = PAGE if PAGE < BLOCK_N else BLOCK_N
     PARTS: gl.constexpr = D // WIDTH
-    keys_ready, keys_free, values_ready, values_free = barriers
     rows = rows_of(table, first, last_page, PAGE, BLOCK_N)
     for number in range(0, tiles):
         following = rows_of(table, first + (number + 1) * BLOCK_N, last_page, PAGE, BLOCK_N)  # read before it is wanted
         slot = number % STAGES
-        mbarrier.wait(keys_free.index(slot), (number // STAGES + 1) & 1)
-        mbarrier.expect(keys_ready.index(slot), BLOCK_N * D * 2)
+        if number >= STAGES:
+            await_release(BARRIER + slot, THREADS)
+        mbarrier.expect(ready.index(slot), BLOCK_N * D * 2)
         for piece in gl.static_range(BLOCK_N // ROWS):
             for part in gl.static_range(PARTS):
-                to = keys.index(slot * PARTS + part).slice(piece * ROWS, ROWS)
-                copy_tile(KeyTiles, [rows[piece], k_column + part * WIDTH], keys_ready.index(slot), to)
-        mbarrier.wait(values_free.index(slot), (number // STAGES + 1) & 1)
-        mbarrier.expect(values_ready.index(slot), BLOCK_N * D * 2)
-        for piece in gl.static_range(BLOCK_N // ROWS):
-            for part in gl.static_range(PARTS):
-                to = values.index(slot * PARTS + part).slice(piece * ROWS, ROWS)
-                copy_tile(ValueTiles, [rows[piece], v_column + part * WIDTH], values_ready.index(slot), to)
+                to = buffers.index(slot * PARTS + part).slice(piece * ROWS, ROWS)
+                copy_tile(Tiles, [rows[piece], column + part * WIDTH], ready.index(slot), to)
         rows = following
 
 
@@ -108,40 +134,41 @@ def weights_of(scores, half_scale, SCALED: gl.constexpr, dtype: gl.constexpr, la
 
 
 @gluon.jit
-def one_by_one(
-    queries, keys, values, barriers, acc, zeros, fast, half_scale, D: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr,
-    dtype: gl.constexpr, weights_layout: gl.constexpr,
+def whole_tiles(
+    queries, keys, values, barriers, acc, zeros, fast, tiles, half_scale, D: gl.constexpr, STAGES: gl.constexpr,
+    SCALED: gl.constexpr, OVERLAP: gl.constexpr, THREADS: gl.constexpr, dtype: gl.constexpr, weights_layout: gl.constexpr,
 ):  # fmt: skip
-    """acc after `fast` tiles that every query sees whole. The product with the values of one runs on beside the scores of the
-    next; other programs of the SM use what is idle."""
+    """acc after `fast` tiles that every query sees whole. With OVERLAP the product with the values of one runs on beside the
+    scores of the next; other warps of the SM use what is idle."""
     PARTS: gl.constexpr = D // WIDTH
-    keys_ready, keys_free, values_ready, values_free = barriers
+    keys_ready, values_ready = barriers
     for i in range(0, fast):
         slot = i % STAGES
+        before = (i + STAGES - 1) % STAGES
         mbarrier.wait(keys_ready.index(slot), i // STAGES & 1)
-        scores = key_scores(queries, keys, slot, zeros, PARTS, False)
-        if PARTS == 1:
-            scores, left = hopper.warpgroup_mma_wait(0, [scores, acc[0]])
-            acc = (left,)
-        else:
-            scores, left, right = hopper.warpgroup_mma_wait(0, [scores, acc[0], acc[1]])
-            acc = (left, right)
-        synchronize()
-        mbarrier.arrive(keys_free.index(slot))
-        mbarrier.arrive(values_free.index((i + STAGES - 1) % STAGES), pred=i > 0)
+        scores = key_scores(queries, keys, slot, zeros, PARTS, not OVERLAP)
+        if OVERLAP:
+            if PARTS == 1:
+                scores, left = hopper.warpgroup_mma_wait(0, [scores, acc[0]])
+                acc = (left,)
+            else:
+                scores, left, right = hopper.warpgroup_mma_wait(0, [scores, acc[0], acc[1]])
+                acc = (left, right)
+        release(FIRST_BARRIER + slot, THREADS, i + STAGES < tiles)
+        release(FIRST_BARRIER + STAGES + before, THREADS, (i > 0) & (i + STAGES - 1 < tiles))
         weights = weights_of(scores, half_scale, SCALED, dtype, weights_layout)
         mbarrier.wait(values_ready.index(slot), i // STAGES & 1)
-        left = hopper.warpgroup_mma(weights, values.index(slot * PARTS), acc[0], is_async=True)
+        left = hopper.warpgroup_mma(weights, values.index(slot * PARTS), acc[0], is_async=OVERLAP)
         if PARTS == 1:
             acc = (left,)
         else:
-            acc = (left, hopper.warpgroup_mma(weights, values.index(slot * 2 + 1), acc[1], is_async=True))
-    if PARTS == 1:
-        acc = (hopper.warpgroup_mma_wait(0, [acc[0]]),)
-    else:
-        acc = hopper.warpgroup_mma_wait(0, [acc[0], acc[1]])
-    synchronize()
-    mbarrier.arrive(values_free.index((fast + STAGES - 1) % STAGES), pred=fast > 0)
+            acc = (left, hopper.warpgroup_mma(weights, values.index(slot * 2 + 1), acc[1], is_async=OVERLAP))
+    if OVERLAP:
+        if PARTS == 1:
+            acc = (hopper.warpgroup_mma_wait(0, [acc[0]]),)
+        else:
+            acc = hopper.warpgroup_mma_wait(0, [acc[0], acc[1]])
+    release(FIRST_BARRIER + STAGES + (fast + STAGES - 1) % STAGES, THREADS, (fast > 0) & (fast + STAGES - 1 < tiles))
     return acc
 
 
@@ -149,15 +176,18 @@ def one_by_one(
 def attend(
     Q, Out, queries, keys, values, barriers, q_row, q_head, total, heads, head, split, start, count, m0, seq_len, first, end,
     full, tiles, half_scale, out_scale, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr,
+    OVERLAP: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """The four computing warps."""
+    """The computing warps: 16 queries each, in fours that multiply together."""
     PARTS: gl.constexpr = D // WIDTH
+    QUERIES: gl.constexpr = 16 * WARPS
+    THREADS: gl.constexpr = 32 * (WARPS + 1)
     dtype: gl.constexpr = Q.dtype.element_ty
-    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH, 16])
     weights_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
-    load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    keys_ready, keys_free, values_ready, values_free = barriers
+    load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    keys_ready, values_ready = barriers
 
     load_rows = m0 + gl.arange(0, QUERIES, gl.SliceLayout(1, load_layout))
     load_dims = gl.arange(0, WIDTH, gl.SliceLayout(0, load_layout))
@@ -175,7 +205,10 @@ def attend(
     if PARTS == 2:
         acc = acc + acc
     fast = gl.maximum(gl.minimum(end, full) - first, 0) // BLOCK_N
-    acc = one_by_one(queries, keys, values, barriers, acc, zeros, fast, half_scale, D, STAGES, SCALED, dtype, weights_layout)
+    acc = whole_tiles(
+        queries, keys, values, barriers, acc, zeros, fast, tiles, half_scale, D, STAGES, SCALED, OVERLAP, THREADS, dtype,
+        weights_layout,
+    )  # fmt: skip
 
     # The diagonal and the end of the history.
     rows = seq_len - count + m0 + gl.arange(0, QUERIES, gl.SliceLayout(1, scores_layout))
@@ -204,9 +237,8 @@ def attend(
             acc = (summed,)
         else:
             acc = (summed, hopper.warpgroup_mma(weights, values.index(slot * 2 + 1), acc[1]))
-        synchronize()
-        mbarrier.arrive(keys_free.index(slot))
-        mbarrier.arrive(values_free.index(slot))
+        release(FIRST_BARRIER + slot, THREADS, i + STAGES < tiles)
+        release(FIRST_BARRIER + STAGES + slot, THREADS, i + STAGES < tiles)
 
     out_rows = m0 + gl.arange(0, QUERIES, gl.SliceLayout(1, out_layout))
     out_dims = gl.arange(0, WIDTH, gl.SliceLayout(0, out_layout))
@@ -219,13 +251,14 @@ def attend(
 def extend_kernel(
     Q, KeyTiles, ValueTiles, Out, BlockTable, QueryOffsets, SeqLens, q_row, q_head, k_head, v_head, table_row, total, heads,
     tiles_m, splits, half_scale, out_scale, D: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, SCALED: gl.constexpr,
+    STAGES: gl.constexpr, SCALED: gl.constexpr, OVERLAP: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """QUERIES queries of one (sequence, head) against one part of the cached keys; Out is (splits, total, heads, D).
+    """16 * WARPS queries of one (sequence, head) against one part of the cached keys; Out is (splits, total, heads, D).
 
     SCALED: half_scale is a power of two, and loses nothing where the queries take it.
     """
     PARTS: gl.constexpr = D // WIDTH
+    QUERIES: gl.constexpr = 16 * WARPS
     dtype: gl.constexpr = Q.dtype.element_ty
     head = gl.program_id(0) % heads
     split = gl.program_id(0) // heads
@@ -246,29 +279,30 @@ def extend_kernel(
     queries = gl.allocate_shared_memory(dtype, [PARTS, QUERIES, WIDTH], SHARED)
     keys = gl.allocate_shared_memory(dtype, [STAGES * PARTS, BLOCK_N, WIDTH], SHARED)
     values = gl.allocate_shared_memory(dtype, [STAGES * PARTS, BLOCK_N, WIDTH], SHARED)
-    # One allocation for each purpose: of one, the compiler would take a wait and an arrival to touch the same barrier.
     keys_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     values_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    values_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    barriers = (keys_ready, keys_free, values_ready, values_free)
+    barriers = (keys_ready, values_ready)
     for slot in gl.static_range(STAGES):
-        for purpose in gl.static_range(4):
-            mbarrier.init(barriers[purpose].index(slot), count=1)
+        mbarrier.init(keys_ready.index(slot), count=1)
+        mbarrier.init(values_ready.index(slot), count=1)
     hopper.fence_async_shared()
     gl.warp_specialize(
         [
             (attend, (
                 Q, Out, queries, keys, values, barriers, q_row, q_head, total, heads, head, split, start, count, m0, seq_len,
-                first, end, full, tiles, half_scale, out_scale, D, BLOCK_N, STAGES, SCALED,
+                first, end, full, tiles, half_scale, out_scale, D, BLOCK_N, STAGES, SCALED, OVERLAP, WARPS,
             )),
             (feed, (
-                KeyTiles, ValueTiles, table, keys, values, barriers, first, tiles, last_page, head * k_head, head * v_head, D,
-                PAGE, BLOCK_N, STAGES,
+                KeyTiles, table, keys, keys_ready, first, tiles, last_page, head * k_head, D, PAGE, BLOCK_N, STAGES,
+                FIRST_BARRIER, 32 * (WARPS + 1),
+            )),
+            (feed, (
+                ValueTiles, table, values, values_ready, first, tiles, last_page, head * v_head, D, PAGE, BLOCK_N, STAGES,
+                FIRST_BARRIER + STAGES, 32 * (WARPS + 1),
             )),
         ],
-        [1],
-        [24],
+        [1, 1],
+        [24, 24],
     )  # fmt: skip
 
 
@@ -277,17 +311,14 @@ def takes(dtype: torch.dtype, d: int, dv: int, page: int) -> bool:
     return dtype != torch.float32 and d == dv and d in (64, 128) and page >= 8
 
 
-def default_tiles(d: int, pairs: int, max_queries: int, processors: int) -> ExtendTiles:
-    """Tiles that were fastest on an H200 among those tried, before any split; `pairs` is sequences times heads.
+def default_tiles(d: int, max_queries: int) -> ExtendTiles:
+    """Tiles that were fastest on an H200 among those tried, before any split.
 
-    Four programs an SM where all are on the GPU at once only so: each holds fewer keys and has too few registers to keep a
-    product in flight, but what one leaves idle the others use.
+    Eight warps share each tile of keys where there are queries for them: half the traffic from L2, and less power.
     """
     if d > 64:
         return ExtendTiles(64, 3, 128, 2)
-    three, four = ExtendTiles(64, 4, 80, 3), ExtendTiles(64, 2, 64, 4)
-    programs = pairs * -(-max_queries // QUERIES.value)
-    return four if three.resident * processors < programs <= four.resident * processors else three
+    return ExtendTiles(64, 6, 80, 2, warps=8, overlap=False) if max_queries > 192 else ExtendTiles(64, 4, 80, 3)
 
 
 def _tiles_of(cache: Tensor, d: int, rows: int) -> TensorDescriptor:
@@ -304,10 +335,11 @@ def launch(
     (splits, T, H, d), or (T, H, d) for one. Other shapes as in `hstu_lab.ops.triton_paged.attention_paged`."""
     total, heads, d = q.shape
     page = key_cache.shape[1]
-    tiles_m = -(-max_queries // QUERIES.value)
+    tiles_m = -(-max_queries // tiles.queries)
     descriptors = [_tiles_of(cache, d, min(page, tiles.block_n)) for cache in (key_cache, value_cache)]
     extend_kernel[(heads * tiles.splits, (len(query_offsets) - 1) * tiles_m)](
         q, *descriptors, parts, block_table, query_offsets, seq_lens, *q.stride()[:2], key_cache.stride(2), value_cache.stride(2),
         block_table.stride(0), total, heads, tiles_m, tiles.splits, 0.5 * d**-0.5, 1 / divisor, D=d, PAGE=page,
-        BLOCK_N=tiles.block_n, STAGES=tiles.stages, SCALED=d == 64, num_warps=4, maxnreg=tiles.maxnreg,
+        BLOCK_N=tiles.block_n, STAGES=tiles.stages, SCALED=d == 64, OVERLAP=tiles.overlap, WARPS=tiles.warps,
+        num_warps=tiles.warps, maxnreg=tiles.maxnreg,
     )  # fmt: skip

@@ -50,7 +50,7 @@ def default_tiles(dtype: torch.dtype, d: int, max_len: int, pairs: int, bias: Re
     timed = bias is not None and bias.time is not None
     if not biased:
         if d > 64:
-            return Tiles(64, 64, 32, num_stages=3) if max_len <= 4096 else Tiles(128, 64, 32, group=8)
+            return Tiles(64, 64, 32, num_stages=3, group=4) if max_len <= 4096 else Tiles(128, 64, 32, group=8)
         return Tiles(64, 64, 64, num_stages=3) if max_len <= 2048 else Tiles(128, 64, 64, num_warps=8, num_stages=3, maxnreg=128)
     if pairs * max_len <= 2**14:
         return Tiles(32, 64, 64)
@@ -60,4 +60,4 @@ def default_tiles(dtype: torch.dtype, d: int, max_len: int, pairs: int, bias: Re
         return Tiles(64, 64, 32, num_stages=3, maxnreg=168)
     if max_len <= 2048:
         return Tiles(64, 32, 32, num_stages=3, maxnreg=168, after=True)
-    return Tiles(64, 64, 32, num_stages=3, maxnreg=224, after=True)
+    return Tiles(64, 64, 64, num_stages=3, maxnreg=255, group=4, after=True)
