@@ -87,18 +87,20 @@ def test_matrix_instructions_follow_each_other(name, d):
 
 
 @pytest.mark.parametrize(
-    ("d", "length", "products", "programs", "warps"), [(64, 128, 8, 3, 4), (64, 512, 8, 2, 8), (128, 512, 16, 2, 4)]
+    ("d", "length", "page", "programs", "warps"),
+    [(64, 128, 16, 3, 4), (64, 512, 16, 4, 4), (64, 512, 64, 2, 8), (128, 512, 16, 2, 4)],
 )
-def test_chunks_on_hopper_are_copied_beside_the_loop(d, length, products, programs, warps):
+def test_chunks_on_hopper_are_copied_beside_the_loop(d, length, page, programs, warps):
     """The warps that compute load nothing, and meet once a tile."""
-    kernel = triton_compile.compile_kernel("extend", 90, d, length)
+    kernel, products = triton_compile.compile_kernel("extend", 90, d, length, page), d // 8
     assert kernel.num_warps == warps
+    assert kernel.instructions("WARPGROUP.ARRIVE") < kernel.instructions("HGMMA") / 2
     body = kernel.loop("MUFU.TANH")
     assert sum("HGMMA" in line for line in body) == products
     assert not any("LDG" in line for line in body)
     assert sum("BAR.SYNC" in line for line in body) == 1
     assert sum("BAR.ARV" in line for line in body) == 2
-    assert kernel.instructions("UTMALDG") >= 2 * 4 * d // 64  # keys and values, four pages of 16 a tile
+    assert kernel.instructions("UTMALDG") >= 2 * (64 // page) * d // 64  # keys and values, page by page of a tile
     assert kernel.spilled_bytes == 0
     assert programs * 32 * (warps + 4) * kernel.registers <= 65536
     assert programs * (kernel.shared_bytes + 1024) <= 228 * 1024

@@ -72,7 +72,7 @@ def test_int8_projections_are_those_of_the_graph_with_q_and_dq(silu):
     rest = None if silu else on_device(residual)
     got = project_int8(on_device(x_q), weight, steps, bias, rest)
     assert got.dtype == torch.float16
-    assert error(got, torch.from_numpy(truth)) < 1e-3
+    assert error(got.cpu(), torch.from_numpy(truth)) < 1e-3
     assert error(project_int8(on_device(x_q), weight, steps.roll(1), bias, rest), torch.from_numpy(truth)) > 1e-2
 
 

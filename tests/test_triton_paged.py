@@ -90,8 +90,7 @@ def test_chunks_without_a_bias_on_the_gpu(dtype, monkeypatch):
         assert got <= LIMITS[dtype], (seed, seq_lens, counts, options, got)
     if torch.cuda.get_device_capability()[0] == 9:
         assert {1} < {tiles.splits for tiles in launched}
-        whole = torch.cuda.get_device_properties(0).multi_processor_count >= 132  # a smaller one does not hold these programs
-        assert {tiles.warps for tiles in launched} == ({4, 8} if whole else {4})
+        assert {tiles.warps for tiles in launched} == {4, 8}
 
 
 def history_case(seed: int, dtype=torch.float32, heads=2, d=16, page=4, longest=40, bias="both"):

@@ -134,21 +134,21 @@ def _attention(d: int, position: bool, time: bool, tma: bool, tiles, parts: int)
     }  # fmt: skip
 
 
-def _extend(d: int, length: int) -> tuple[object, dict, int, None, dict, int]:
-    """`_specification` of the kernel for chunks of `length` queries on Hopper, 128 heads over pages of 16."""
+def _extend(d: int, length: int, page: int) -> tuple[object, dict, int, None, dict, int]:
+    """`_specification` of the kernel for chunks of `length` queries on Hopper."""
     from hstu_lab.ops import triton_extend
 
-    tiles = triton_extend.default_tiles(d, length)
+    tiles = triton_extend.default_tiles(d, length, page)
     arguments = {
-        "D": d, "PAGE": 16, "BLOCK_N": tiles.block_n, "STAGES": tiles.stages, "SCALED": d == 64, "OVERLAP": tiles.overlap,
+        "D": d, "PAGE": page, "BLOCK_N": tiles.block_n, "STAGES": tiles.stages, "SCALED": d == 64, "OVERLAP": tiles.overlap,
         "WARPS": tiles.warps,
     }  # fmt: skip
-    block = f"tensordesc<bf16[16, {triton_extend.WIDTH.value}],{triton_extend.SHARED.value!r}>"
+    block = f"tensordesc<bf16[{min(page, tiles.block_n)}, {triton_extend.WIDTH.value}],{triton_extend.SHARED.value!r}>"
     descriptors = dict.fromkeys(("KeyTiles", "ValueTiles"), block)
     return triton_extend.extend_kernel, arguments, tiles.warps, None, descriptors, tiles.maxnreg
 
 
-def _specification(name: str, capability: int, d: int, length: int) -> tuple[object, dict, int, int, dict, int | None]:
+def _specification(name: str, capability: int, d: int, length: int, page: int) -> tuple[object, dict, int, int, dict, int | None]:
     """(kernel, compile-time arguments, warps, stages, tensor descriptors, register cap) of the variant that is shown."""
     modules = compiled_modules()
     tuned, bias_module, attention, memory, linear, paged = (modules[m] for m in _MODULES[1:])
@@ -173,14 +173,14 @@ def _specification(name: str, capability: int, d: int, length: int) -> tuple[obj
         }  # fmt: skip
         return bias_module.prepare_kernel, arguments, 4 if parts == 1 else 1, 3, {}, None
     if name == "extend" and capability >= 90:
-        return _extend(d, length)
+        return _extend(d, length, page)
     if name in ("decode", "extend"):
-        tiles = paged.default_tiles(torch.bfloat16, d, 16, 1 if name == "decode" else 512, capability)
+        tiles = paged.default_tiles(torch.bfloat16, d, page, 1 if name == "decode" else 512, capability)
         block_m, block_n = tiles.block_m, tiles.block_n
         arguments = {
             **dict.fromkeys(("OwnKeys", "OwnValues", "Position", "TimeBias", "Cells", "QueryTimes", "SlotTimes")),
             **dict.fromkeys(("KeyTiles", "ValueTiles", "HistoryLens", "TileList")),
-            "D": d, "DV": d, "D_PAD": d, "DV_PAD": d, "PAGE": 16, "BLOCK_M": block_m, "BLOCK_N": block_n, "NUM_CONTEXT": 1,
+            "D": d, "DV": d, "D_PAD": d, "DV_PAD": d, "PAGE": page, "BLOCK_M": block_m, "BLOCK_N": block_n, "NUM_CONTEXT": 1,
             "HAS_CANDIDATES": False, "HAS_HISTORY": False, "HAS_LIST": False, "HAS_POSITION": False, "HAS_TIME": False,
             "EXACT": False, "TMA": False, "BIAS_ROWS": block_m, "PLAIN": False, "PRECISION": "tf32",
         }  # fmt: skip
@@ -215,13 +215,13 @@ KERNELS = (
 
 
 @functools.cache
-def compile_kernel(name: str, capability: int = 80, d: int = 64, length: int = 4096) -> CompiledKernel:
+def compile_kernel(name: str, capability: int = 80, d: int = 64, length: int = 4096, page: int = 16) -> CompiledKernel:
     """One of KERNELS in bfloat16 for compute capability 8.0 (80) or 9.0 (90), head width `d`, with its default tiles for
-    128 heads of `length` events.
+    128 heads of `length` events (of a cache in blocks of `page` slots).
 
     Raises ValueError for an unknown name.
     """
-    kernel, arguments, warps, stages, descriptors, cap = _specification(name, capability, d, length)
+    kernel, arguments, warps, stages, descriptors, cap = _specification(name, capability, d, length, page)
     signature = {}
     for argument in kernel.arg_names:
         if argument in arguments:
