@@ -308,6 +308,7 @@ class Worker:
                 lines.append(f"hstu_stage_milliseconds_count{{{labels}}} {seen['count']}")
         lines += _batch_lines(self.recommender.batch_sizes())
         lines += _cache_lines(self.recommender.hot_cache())
+        lines += _score_lines(self.recommender.cached_score_totals())
         own = [line for line in generate_latest().decode().splitlines() if "vllm:" in line]
         return {"text": "\n".join([*lines, *own]) + "\n"}
 
@@ -334,6 +335,12 @@ def _cache_lines(caches: dict[str, CacheStats]) -> list[str]:
         lines += [f"# TYPE {metric} {kind}"] if caches else []
         lines += [f'{metric}{{table="{table}"}} {getattr(stats, name)}' for table, stats in caches.items()]
     return lines
+
+
+def _score_lines(totals: dict[str, int]) -> list[str]:
+    """Prometheus counters of what was scored beside vLLM's scheduler (`Recommender.cached_score_totals`)."""
+    metrics = {f"hstu_cached_score_{name}_total": total for name, total in totals.items()}
+    return [line for name, total in metrics.items() for line in (f"# TYPE {name} counter", f"{name} {total}")]
 
 
 async def serve_child(fd: int) -> None:

@@ -502,6 +502,10 @@ class Recommender:
         """
         return {name: dict(batcher.sizes) for name, batcher in list(self._batchers.items())}
 
+    def cached_score_totals(self) -> dict[str, int]:
+        """`hstu_lab.vllm_engine.Engine.cached_score_totals` of vLLM's engine; empty where none was started."""
+        return {} if self._engine is None else self._engine.cached_score_totals()
+
     def forget_prefixes(self) -> None:
         """Empty vLLM's prefix cache, where the engine runs, so that the next requests pay for their whole histories."""
         if self._engine is not None:

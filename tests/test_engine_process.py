@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from hstu_lab.config import preset
-from hstu_lab.engine_process import EngineBroken, EngineProcess, EngineRefused, EngineUnavailable, _cache_lines
+from hstu_lab.engine_process import EngineBroken, EngineProcess, EngineRefused, EngineUnavailable, _cache_lines, _score_lines
 from hstu_lab.hot_cache import CacheStats
 from hstu_lab.model import HSTU, save_checkpoint
 
@@ -106,3 +106,13 @@ def test_hot_caches_are_told_as_prometheus_counters():
         "hstu_hot_cache_bytes_moved": {"user": 1280, "store": 1280}, "hstu_hot_cache_resident": {"user": 8, "store": 8},
     }  # fmt: skip
     assert families["hstu_hot_cache_resident"].type == "gauge"
+
+
+def test_scores_beside_vllm_are_told_as_prometheus_counters():
+    assert _score_lines({}) == []
+    lines = _score_lines({"requests": 3, "candidates": 300})
+    families = list(text_string_to_metric_families("\n".join(lines) + "\n"))
+    assert {f.name: [s.value for s in f.samples] for f in families} == {
+        "hstu_cached_score_requests": [3], "hstu_cached_score_candidates": [300],
+    }  # fmt: skip
+    assert {f.type for f in families} == {"counter"}

@@ -1,10 +1,13 @@
 """Every kernel compiles for an A100 and an H100 on a machine without a GPU, with the instructions it was written for."""
 
+import re
+
 import pytest
 from triton_cases import GPU, triton_ops, triton_tiles
 
 from hstu_lab import roofline
 from hstu_lab.ops import triton_compile
+from hstu_lab.ops.triton_extend import FIRST_BARRIER
 
 pytestmark = pytest.mark.skipif(GPU, reason="ahead-of-time compilation is for machines without a GPU")
 
@@ -101,6 +104,9 @@ def test_chunks_on_hopper_are_copied_beside_the_loop(d, length, page, programs, 
     assert sum("BAR.SYNC" in line for line in body) == 1
     assert sum("BAR.ARV" in line for line in body) == 2
     assert kernel.instructions("UTMALDG") >= 2 * (64 // page) * d // 64  # keys and values, page by page of a tile
+    compilers = {int(n) for n in re.findall(r"\bbar(?:rier)?\.(?:sync|arrive)\s+(\d+)", kernel.ptx)}
+    assert compilers
+    assert max(compilers) < FIRST_BARRIER.value, "Triton's own barriers and ours must differ"
     assert kernel.spilled_bytes == 0
     assert programs * 32 * (warps + 4) * kernel.registers <= 65536
     assert programs * (kernel.shared_bytes + 1024) <= 228 * 1024

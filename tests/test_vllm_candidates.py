@@ -131,6 +131,7 @@ def test_a_cached_history_is_not_computed_again(tiny_checkpoint, case, scheduled
     with Engine(tiny_checkpoint, options) as engine:
         engine.topk(tokens[-1:], [[]], 5)
         assert sum(scheduled) == len(tokens[-1]) == 54
+        assert not any(engine.cached_score_totals().values())
         for _ in range(2):
             scheduled.clear()
             if cached_scores:
@@ -141,6 +142,8 @@ def test_a_cached_history_is_not_computed_again(tiny_checkpoint, case, scheduled
             else:
                 engine.score(tokens[-1:], candidates[-1:])
                 assert sum(scheduled) == 54 % 16 + 1 + 40
+        whole = {"requests": 2, "candidates": 2 * 40, "cached_tokens": 2 * 48, "tail_tokens": 2 * 6}
+        assert engine.cached_score_totals() == (whole if cached_scores else {})
 
 
 def test_many_users_share_a_step_and_every_block_comes_back(tiny_checkpoint, case):

@@ -86,7 +86,7 @@ class CachedScores:
     """Scores candidates in the process of vLLM's engine `core`, between its steps; by graphs once `capture` was called.
 
     `most`: candidates of one request. Calls come from one thread, and no step of vLLM runs meanwhile. vLLM counts none of
-    it in its metrics.
+    it in its metrics; `totals` does: requests, candidates, tokens that were cached and tail tokens that were computed.
     """
 
     def __init__(self, core, most: int):
@@ -96,6 +96,7 @@ class CachedScores:
         self._hash = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
         self._pages = -(-self.model.config.max_seq_len // self.page)
         self._graphs: dict[Shape, tuple] = {}
+        self.totals = dict.fromkeys(("requests", "candidates", "cached_tokens", "tail_tokens"), 0)
 
     def hold(self, history: Sequence[int], items: np.ndarray) -> Held | None:
         """Hold what a step for this request needs; None where vLLM must see to it: not all is cached, or no block is free."""
@@ -138,6 +139,8 @@ class CachedScores:
             chances = self._step(numbers, shape)
         # Whatever writes to these blocks next comes behind this step on the device.
         for request in requests:
+            counts = 1, len(request.items), len(request.blocks) * self.page, len(request.tail)
+            self.totals = {name: seen + count for (name, seen), count in zip(self.totals.items(), counts)}
             self.pool.free_blocks(request.borrowed)
             self.pool.free_blocks(reversed(request.blocks))
         rows = [slice(b * shape.count, b * shape.count + len(request.items)) for b, request in enumerate(requests)]
