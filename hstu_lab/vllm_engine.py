@@ -256,7 +256,7 @@ class Engine:
     def cached_score_totals(self) -> dict[str, int]:
         """What was scored beside vLLM's scheduler, and so is in none of vLLM's metrics: requests, candidates, cached_tokens and
         tail_tokens; empty where everything is vLLM's."""
-        return {} if self.cached_scores is None else self.cached_scores.totals
+        return {} if self.cached_scores is None else dict(self.cached_scores.totals)
 
     def submit_score(self, prompt: list[int], candidates: Sequence[int]) -> concurrent.futures.Future[Tensor]:
         """Probabilities (C, 3) of engagement, retention and monetization for items (table rows) after the prompt (tokens).

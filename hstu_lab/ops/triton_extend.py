@@ -115,14 +115,14 @@ def feed(
 
 
 @gluon.jit
-def key_scores(queries, keys, slot, zeros, PARTS: gl.constexpr, WAIT: gl.constexpr):
-    """Products of the queries and the keys in a buffer: begun, or (WAIT) done."""
+def key_scores(queries, keys, slot, zeros, PARTS: gl.constexpr, ASYNC: gl.constexpr):
+    """Products of the queries and the keys in a buffer: done, or (ASYNC) begun."""
     scores = hopper.warpgroup_mma(
-        queries.index(0), keys.index(slot * PARTS).permute((1, 0)), zeros, use_acc=False, is_async=not WAIT
+        queries.index(0), keys.index(slot * PARTS).permute((1, 0)), zeros, use_acc=False, is_async=ASYNC
     )  # fmt: skip
     for part in gl.static_range(1, PARTS):
         scores = hopper.warpgroup_mma(
-            queries.index(part), keys.index(slot * PARTS + part).permute((1, 0)), scores, is_async=not WAIT
+            queries.index(part), keys.index(slot * PARTS + part).permute((1, 0)), scores, is_async=ASYNC
         )  # fmt: skip
     return scores
 
@@ -135,18 +135,18 @@ def weights_of(scores, half_scale, SCALED: gl.constexpr, dtype: gl.constexpr, la
 
 @gluon.jit
 def whole_tiles(
-    queries, keys, values, barriers, acc, zeros, fast, tiles, half_scale, D: gl.constexpr, STAGES: gl.constexpr,
+    queries, keys, values, ready, acc, zeros, fast, tiles, half_scale, D: gl.constexpr, STAGES: gl.constexpr,
     SCALED: gl.constexpr, OVERLAP: gl.constexpr, THREADS: gl.constexpr, dtype: gl.constexpr, weights_layout: gl.constexpr,
 ):  # fmt: skip
     """acc after `fast` tiles that every query sees whole. With OVERLAP the product with the values of one runs on beside the
     scores of the next; other warps of the SM use what is idle."""
     PARTS: gl.constexpr = D // WIDTH
-    keys_ready, values_ready = barriers
+    keys_ready, values_ready = ready
     for i in range(0, fast):
         slot = i % STAGES
         before = (i + STAGES - 1) % STAGES
         mbarrier.wait(keys_ready.index(slot), i // STAGES & 1)
-        scores = key_scores(queries, keys, slot, zeros, PARTS, not OVERLAP)
+        scores = key_scores(queries, keys, slot, zeros, PARTS, OVERLAP)
         if OVERLAP:
             if PARTS == 1:
                 scores, left = hopper.warpgroup_mma_wait(0, [scores, acc[0]])
@@ -174,7 +174,7 @@ def whole_tiles(
 
 @gluon.jit
 def attend(
-    Q, Out, queries, keys, values, barriers, q_row, q_head, total, heads, head, split, start, count, m0, seq_len, first, end,
+    Q, Out, queries, keys, values, ready, q_row, q_head, total, heads, head, split, start, count, m0, seq_len, first, end,
     full, tiles, half_scale, out_scale, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr,
     OVERLAP: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -187,7 +187,7 @@ def attend(
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH, 16])
     weights_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    keys_ready, values_ready = barriers
+    keys_ready, values_ready = ready
 
     load_rows = m0 + gl.arange(0, QUERIES, gl.SliceLayout(1, load_layout))
     load_dims = gl.arange(0, WIDTH, gl.SliceLayout(0, load_layout))
@@ -206,7 +206,7 @@ def attend(
         acc = acc + acc
     fast = gl.maximum(gl.minimum(end, full) - first, 0) // BLOCK_N
     acc = whole_tiles(
-        queries, keys, values, barriers, acc, zeros, fast, tiles, half_scale, D, STAGES, SCALED, OVERLAP, THREADS, dtype,
+        queries, keys, values, ready, acc, zeros, fast, tiles, half_scale, D, STAGES, SCALED, OVERLAP, THREADS, dtype,
         weights_layout,
     )  # fmt: skip
 
@@ -227,7 +227,7 @@ def attend(
                 v.store(gl.where((value_rows < end - n0)[:, None], read, 0.0))
             hopper.fence_async_shared()
             synchronize()
-        scores = key_scores(queries, keys, slot, zeros, PARTS, True)
+        scores = key_scores(queries, keys, slot, zeros, PARTS, False)
         if not SCALED:
             scores *= half_scale
         allowed = (columns[None, :] <= (rows - n0)[:, None]) & (columns < end - n0)[None, :]
@@ -259,6 +259,7 @@ def extend_kernel(
     """
     PARTS: gl.constexpr = D // WIDTH
     QUERIES: gl.constexpr = 16 * WARPS
+    THREADS: gl.constexpr = 32 * (WARPS + 1)
     dtype: gl.constexpr = Q.dtype.element_ty
     head = gl.program_id(0) % heads
     split = gl.program_id(0) // heads
@@ -281,7 +282,7 @@ def extend_kernel(
     values = gl.allocate_shared_memory(dtype, [STAGES * PARTS, BLOCK_N, WIDTH], SHARED)
     keys_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     values_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    barriers = (keys_ready, values_ready)
+    ready = (keys_ready, values_ready)
     for slot in gl.static_range(STAGES):
         mbarrier.init(keys_ready.index(slot), count=1)
         mbarrier.init(values_ready.index(slot), count=1)
@@ -289,16 +290,16 @@ def extend_kernel(
     gl.warp_specialize(
         [
             (attend, (
-                Q, Out, queries, keys, values, barriers, q_row, q_head, total, heads, head, split, start, count, m0, seq_len,
+                Q, Out, queries, keys, values, ready, q_row, q_head, total, heads, head, split, start, count, m0, seq_len,
                 first, end, full, tiles, half_scale, out_scale, D, BLOCK_N, STAGES, SCALED, OVERLAP, WARPS,
             )),
             (feed, (
                 KeyTiles, table, keys, keys_ready, first, tiles, last_page, head * k_head, D, PAGE, BLOCK_N, STAGES,
-                FIRST_BARRIER, 32 * (WARPS + 1),
+                FIRST_BARRIER, THREADS,
             )),
             (feed, (
                 ValueTiles, table, values, values_ready, first, tiles, last_page, head * v_head, D, PAGE, BLOCK_N, STAGES,
-                FIRST_BARRIER + STAGES, 32 * (WARPS + 1),
+                FIRST_BARRIER + STAGES, THREADS,
             )),
         ],
         [1, 1],

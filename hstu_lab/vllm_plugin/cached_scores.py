@@ -8,6 +8,7 @@ with them, in a block that is borrowed for the step. A history that is not cache
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 
@@ -96,7 +97,7 @@ class CachedScores:
         self._hash = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
         self._pages = -(-self.model.config.max_seq_len // self.page)
         self._graphs: dict[Shape, tuple] = {}
-        self.totals = dict.fromkeys(("requests", "candidates", "cached_tokens", "tail_tokens"), 0)
+        self.totals = collections.Counter(requests=0, candidates=0, cached_tokens=0, tail_tokens=0)
 
     def hold(self, history: Sequence[int], items: np.ndarray) -> Held | None:
         """Hold what a step for this request needs; None where vLLM must see to it: not all is cached, or no block is free."""
@@ -137,10 +138,12 @@ class CachedScores:
             numbers = _Numbers(shape, self._pages, device=self.device)
             numbers.all.copy_(host.all, non_blocking=True)
             chances = self._step(numbers, shape)
+        self.totals.update(
+            requests=len(requests), candidates=sum(len(r.items) for r in requests),
+            cached_tokens=self.page * sum(len(r.blocks) for r in requests), tail_tokens=sum(len(r.tail) for r in requests),
+        )  # fmt: skip
         # Whatever writes to these blocks next comes behind this step on the device.
         for request in requests:
-            counts = 1, len(request.items), len(request.blocks) * self.page, len(request.tail)
-            self.totals = {name: seen + count for (name, seen), count in zip(self.totals.items(), counts)}
             self.pool.free_blocks(request.borrowed)
             self.pool.free_blocks(reversed(request.blocks))
         rows = [slice(b * shape.count, b * shape.count + len(request.items)) for b, request in enumerate(requests)]
