@@ -168,16 +168,15 @@ def steps(record: measure.Record) -> None:
 def paged(record: measure.Record) -> None:
     """Decode against the copy bandwidth, extend against the larger of its two times (bytes, flops).
 
-    A GPU that has warmed up is a slower GPU: the matrix product is timed again before and after every chunk.
+    A GPU that has warmed up is a slower GPU: a chunk and a matrix product are timed in turns, and then each alone for long enough
+    that the clock has settled where it leaves it.
     """
     g = torch.Generator("cuda").manual_seed(0)
     results, shares = record.measurements, record.data.setdefault("share of roofline", {})
-    copy, matmul = ceilings(record)
+    alone = record.data.setdefault("share of roofline, each alone", {})
+    copy, _ = ceilings(record)
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=BF16) for _ in range(2))
-
-    def product(when):
-        results.append(timed(lambda: a @ b, f"matrix product 8192 {when}", flops=2 * 8192**3, graph=False))
-        return results[-1].flops_per_second
+    product = functools.partial(torch.mm, a, b)
 
     def cache(batch, length, heads, d, page):
         blocks = batch * length // page
@@ -198,14 +197,22 @@ def paged(record: measure.Record) -> None:
         moved = 2 * 2 * batch * heads * d * (length + queries)
         flops = 4 * batch * heads * d * queries * (length - queries / 2)
         name = f"{'decode' if queries == 1 else f'extend {queries}'} B={batch} N={length} H={heads} d={d} page={page}"
-        run()
-        before = product(f"before {name}") if queries > 1 else matmul
-        results.append(timed(run, name, flops=flops, moved=moved))
-        median = results[-1].median
-        after = product(f"after {name}") if queries > 1 else matmul
-        matmul = (before + after) / 2
-        shares[name] = max(moved / copy, flops / matmul) / median
-        print(f"{'':44s} {100 * shares[name]:.0f} % of roofline ({'bytes' if moved / copy > flops / matmul else 'flops'})")
+        if queries == 1:
+            results.append(timed(run, name, flops=flops, moved=moved))
+            shares[name] = moved / copy / results[-1].median
+            print(f"{'':44s} {100 * shares[name]:.0f} % of copy")
+            continue
+        fns = {f"matrix product 8192 beside {name}": product, name: run}
+        work = dict(zip(fns, ({"flops": 2 * 8192**3}, {"flops": flops, "bytes": moved})))
+        turns = measure.measure_in_turns(fns, cuda_graph=True, work=work, **LONG_ENOUGH)
+        apart = [
+            measure.measure(fn, name=f"{of}, alone", cuda_graph=True, min_time=0.25, work=work[of]) for of, fn in fns.items()
+        ]
+        for held, (ceiling, chunk) in ((shares, turns), (alone, apart)):
+            results += [shown(ceiling), shown(chunk)]
+            held[name] = max(moved / copy, flops / ceiling.flops_per_second) / chunk.median
+        bound = "bytes" if moved / copy > flops / turns[0].flops_per_second else "flops"
+        print(f"{'':44s} {100 * shares[name]:.0f} % of roofline ({bound}) in turns, {100 * alone[name]:.0f} % each alone")
     for kind in ("position", "position+time"):
         batch, length, heads, d = 64, 1024, 16, 64
         keys, values, table, seq_lens = cache(batch, length, heads, d, 16)

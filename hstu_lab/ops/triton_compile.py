@@ -138,14 +138,14 @@ def _extend(d: int, length: int, page: int) -> tuple[object, dict, int, None, di
     """`_specification` of the kernel for chunks of `length` queries on Hopper."""
     from hstu_lab.ops import triton_extend
 
-    tiles = triton_extend.default_tiles(d, length, page)
+    tiles = triton_extend.default_tiles(d, length)
     arguments = {
         "D": d, "PAGE": page, "BLOCK_N": tiles.block_n, "STAGES": tiles.stages, "SCALED": d == 64, "OVERLAP": tiles.overlap,
-        "WARPS": tiles.warps,
+        "GROUPS": tiles.groups, "REGISTERS": tiles.registers,
     }  # fmt: skip
-    block = f"tensordesc<bf16[{min(page, tiles.block_n)}, {triton_extend.WIDTH.value}],{triton_extend.SHARED.value!r}>"
+    block = f"tensordesc<bf16[{min(page, tiles.block_n // 2)}, {triton_extend.WIDTH.value}],{triton_extend.SHARED.value!r}>"
     descriptors = dict.fromkeys(("KeyTiles", "ValueTiles"), block)
-    return triton_extend.extend_kernel, arguments, tiles.warps, None, descriptors, tiles.maxnreg
+    return triton_extend.extend_kernel, arguments, 4, None, descriptors, tiles.maxnreg
 
 
 def _specification(name: str, capability: int, d: int, length: int, page: int) -> tuple[object, dict, int, int, dict, int | None]:

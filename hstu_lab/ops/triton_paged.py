@@ -329,7 +329,7 @@ def _extend_tiles(q: Tensor, caches: tuple[Tensor, Tensor], max_queries: int, ma
         return None
     if not _gluon().takes(q.dtype, d, dv, page) or any(cache.stride(0) != page * cache.stride(1) for cache in caches):
         return None
-    tiles = _gluon().default_tiles(d, max_queries, page)
+    tiles = _gluon().default_tiles(d, max_queries)
     programs = pairs * triton.cdiv(max_queries, tiles.queries)
     wanted = tiles.resident * processors(q) // programs
     return dataclasses.replace(tiles, splits=max(1, min(wanted, triton.cdiv(max_keys, 8 * tiles.block_n), 16)))
