@@ -86,7 +86,10 @@ def release(barrier, threads, awaited):
 
 @gluon.jit
 def await_release(barrier, threads):
-    """A copying warp waits until all computing warps have read a buffer; `threads` are theirs and those of two copying warps."""
+    """A copying warp waits until all computing warps have read a buffer; `threads` are theirs and those of two copying warps.
+
+    The two wait at instructions of their own, which PTX allows (a warp must be whole); compute-sanitizer's synccheck reports it.
+    """
     gl.inline_asm_elementwise(
         "bar.sync $1, $2; mov.b32 $0, $1;", "=r,r,r", [barrier, threads], dtype=gl.int32, is_pure=False, pack=1
     )
