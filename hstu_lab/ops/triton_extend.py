@@ -88,10 +88,10 @@ def release(barrier, threads, awaited):
 def await_release(barrier, threads):
     """A copying warp waits until all computing warps have read a buffer; `threads` are theirs and those of two copying warps.
 
-    The two wait at instructions of their own, which PTX allows (a warp must be whole); compute-sanitizer's synccheck reports it.
+    The two wait at instructions of their own: `bar.sync` would promise that it is the same one.
     """
     gl.inline_asm_elementwise(
-        "bar.sync $1, $2; mov.b32 $0, $1;", "=r,r,r", [barrier, threads], dtype=gl.int32, is_pure=False, pack=1
+        "barrier.sync $1, $2; mov.b32 $0, $1;", "=r,r,r", [barrier, threads], dtype=gl.int32, is_pure=False, pack=1
     )
 
 
