@@ -107,6 +107,8 @@ def test_chunks_on_hopper_are_copied_beside_the_loop(d, length, page, programs, 
     compilers = {int(n) for n in re.findall(r"\bbar(?:rier)?\.(?:sync|arrive)\s+(\d+)", kernel.ptx)}
     assert compilers
     assert max(compilers) < FIRST_BARRIER.value, "Triton's own barriers and ours must differ"
+    assert len(re.findall(r"\bbarrier\.sync\s+%", kernel.ptx)) == 4
+    assert not re.search(r"\bbar\.sync\s+%", kernel.ptx), "two warps wait at a buffer, each at an instruction of its own"
     assert kernel.spilled_bytes == 0 or groups > 1
     assert programs * 32 * (4 * groups + 4) * kernel.registers <= 65536
     assert programs * (kernel.shared_bytes + 1024) <= 228 * 1024
