@@ -1,8 +1,9 @@
 """Measure the Triton kernels on the GPU that is here and write what was seen to data/measured/<device>/triton_*.json.
 
-    python -m hstu_lab.kernel_bench [--out FOLDER] [--resume] [PART ...]
+    python -m hstu_lab.kernel_bench [--out FOLDER] [--name NAME] [--resume] [PART ...]
 
-Parts: tests, serving, ampere, attention, steps, paged, memory, calibration, special, stack; all of them by default.
+Parts: tests, serving, ampere, attention, steps, paged, memory, calibration, special, stack; all of them by default. Records are
+called NAME_*: with a name of its own, a run under other versions stands beside the one under NAME's default, "triton".
 
 Every ratio compares two measurements of one run. Needs PyTorch, Triton and an NVIDIA GPU, nothing else of the project's stack.
 """
@@ -19,7 +20,7 @@ import pathlib
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hstu_lab import measure, roofline
+from hstu_lab import hardware, measure, roofline
 from hstu_lab.config import preset
 from hstu_lab.model import HSTUStack
 from hstu_lab.ops import reference, triton_bias, triton_compile, triton_memory, triton_ops, triton_tiles
@@ -498,17 +499,87 @@ def serving(record: measure.Record) -> None:
 
 TESTED = ("triton_attention", "triton_paged", "triton_memory", "triton_ops", "triton_compile", "measure")
 PARTS = {
-    "tests": ("triton_correctness", tests),
-    "serving": ("triton_correctness", serving),
-    "ampere": ("triton_correctness", ampere),
-    "attention": ("triton_attention", attention),
-    "steps": ("triton_steps", steps),
-    "paged": ("triton_paged", paged),
-    "memory": ("triton_memory", memory),
-    "calibration": ("triton_calibration", calibration),
-    "special": ("triton_calibration", special),
-    "stack": ("triton_stack", stack),
+    "tests": ("correctness", tests),
+    "serving": ("correctness", serving),
+    "ampere": ("correctness", ampere),
+    "attention": ("attention", attention),
+    "steps": ("steps", steps),
+    "paged": ("paged", paged),
+    "memory": ("memory", memory),
+    "calibration": ("calibration", calibration),
+    "special": ("calibration", special),
+    "stack": ("stack", stack),
 }
+
+
+RECORDS = ("correctness", "attention", "steps", "paged", "memory", "calibration", "stack")
+
+
+def read_records(name: str = "triton", device: str = "nvidia-h200") -> dict[str, measure.Record]:
+    """The seven records of a run, by what follows `name` in theirs. Raises MeasureError where one is missing."""
+    return {part: measure.read_record(f"{name}_{part}", device) for part in RECORDS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A figure of a run's records, and the target that it is held to from below (`at_least`) or above."""
+
+    what: str
+    value: float
+    target: float
+    at_least: bool = True
+
+    @property
+    def met(self) -> bool:
+        return self.value >= self.target if self.at_least else self.value <= self.target
+
+    def __str__(self) -> str:
+        sign = ">=" if self.at_least else "<="
+        return f"{'met   ' if self.met else 'MISSED'} {self.what:46s} {self.value:6.2f}   target {sign} {self.target}"
+
+
+def paged_target(case: str) -> float | None:
+    """The share of its roofline that a case of `paged` is held to; None for decode of few users, which do not fill a GPU."""
+    if case.startswith("extend"):
+        return 0.6
+    return 0.75 if int(case.split("B=")[1].split()[0]) >= 64 else None
+
+
+def ledger(records: Mapping[str, measure.Record]) -> list[Figure]:
+    """What the kernels were to reach, and what the records say. Ratios to flash are of causal bf16, 32 users, 4 heads."""
+    ratios, paged = records["attention"].data["ratios"], records["paged"].data
+    plain = {d: ratios[f"d={d} N=4096 bias=none"] for d in (64, 128)}
+    figures = [Figure(f"d={d}, N=4096: speed over flash", plain[d]["speed over flash"], {64: 1.35, 128: 1.6}[d]) for d in plain]
+    figures.append(Figure("d=128, N=4096, each alone", plain[128]["speed over flash, each alone"], 1.6))
+    slowest = min(ratio["speed over flash"] for case, ratio in ratios.items() if case.endswith("none"))
+    figures.append(Figure("slowest case without bias: speed over flash", slowest, 1.0))
+    for d in plain:
+        times = ratios[f"d={d} N=4096 bias=position+time"]["time over no bias"]
+        figures.append(Figure(f"d={d}: fused bias, time over none", times, 1.5, at_least=False))
+    for what, target, shares in (
+        ("decode, batch >= 64: share", 0.75, paged["share of roofline"]),
+        ("extend, slowest: share", 0.6, paged["share of roofline"]),
+        ("extend, slowest, each alone", 0.6, paged["share of roofline, each alone"]),
+    ):
+        figures.append(Figure(what, min(share for case, share in shares.items() if paged_target(case) == target), target))
+    moved = min(records["memory"].data["share of copy bandwidth"].values())
+    figures.append(Figure("norms, gather, copies, slowest: share of copy", moved, 0.8))
+    stack = {users: records["stack"][f"stack gr-3b B={users} N=512 bias=position+time"].median for users in (1, 8)}
+    for users, milliseconds in ((1, 0.8), (8, 2)):
+        figures.append(Figure(f"stack, batch {users}, biased: ms", 1e3 * stack[users], milliseconds, at_least=False))
+    return [*figures, Figure("stack: recorded over modelled, worst", _over_modelled(records), 1.3, at_least=False)]
+
+
+def _over_modelled(records: Mapping[str, measure.Record]) -> float:
+    """The largest recorded time of the stack over what the roofline predicts from the run's own calibration."""
+    gpu = roofline.calibrated(hardware.DEVICES["H200-SXM-141GB"], records["calibration"])
+    worst = 0.0
+    for users in (1, 8):
+        for kind in ("none", "position+time"):
+            operators = roofline.stack(preset("gr-3b").replace(rab=kind), users, 512)
+            predicted = roofline.total([roofline.predict(operator, gpu) for operator in operators])
+            worst = max(worst, records["stack"][f"stack gr-3b B={users} N=512 bias={kind}"].median / predicted)
+    return worst
 
 
 def source() -> str:
@@ -570,10 +641,13 @@ def main() -> None:
     parser.add_argument(
         "--resume", action="store_true", help="leave out parts that the records there hold already, of the same code"
     )
+    parser.add_argument("--name", default="triton", help="what the records' names begin with (default: %(default)s)")
     arguments = parser.parse_args()
+    measure.check_name(arguments.name)
     measure.require_gpu()
-    parts = {part: PARTS[part] for part in arguments.parts}
-    run_parts(parts, "python -m hstu_lab.kernel_bench", arguments.out, arguments.resume)
+    parts = {part: (f"{arguments.name}_{PARTS[part][0]}", PARTS[part][1]) for part in arguments.parts}
+    command = "python -m hstu_lab.kernel_bench" + ("" if arguments.name == "triton" else f" --name {arguments.name}")
+    run_parts(parts, command, arguments.out, arguments.resume)
 
 
 if __name__ == "__main__":
