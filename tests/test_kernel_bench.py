@@ -105,3 +105,61 @@ def test_without_a_gpu_a_benchmark_says_so_and_where_the_records_are(module, mon
     with pytest.raises(SystemExit, match=r"PyTorch .* sees none; .*recorded so far: nvidia-h200.*data/measured"):
         importlib.import_module(f"hstu_lab.{module}").main()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_another_name_leaves_the_records_of_the_first_alone(monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.setattr(measure, "require_gpu", lambda: None)
+    monkeypatch.setattr(kernel_bench, "run_parts", lambda parts, command, out, resume: ran.append((parts, command, out, resume)))
+    for name in ([], ["--name", "triton-9.9"]):
+        monkeypatch.setattr(sys, "argv", ["kernel_bench", "attention", "special", "--out", str(tmp_path), *name])
+        kernel_bench.main()
+    assert [{part: record for part, (record, _) in parts.items()} for parts, *_ in ran] == [
+        {"attention": "triton_attention", "special": "triton_calibration"},
+        {"attention": "triton-9.9_attention", "special": "triton-9.9_calibration"},
+    ]
+    assert [command for _, command, *_ in ran] == [
+        "python -m hstu_lab.kernel_bench", "python -m hstu_lab.kernel_bench --name triton-9.9"
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["kernel_bench", "--name", "Triton 9"])
+    with pytest.raises(measure.MeasureError, match="'Triton 9'.*use lower-case"):
+        kernel_bench.main()
+
+
+def test_the_target_of_a_paged_case():
+    cases = [
+        "decode B=8 N=1024 H=16 d=64 page=16",
+        "decode B=64 N=1024 H=16 d=64 page=16",
+        "extend 512 B=32 N=4096 H=4 d=64 page=16",
+    ]
+    assert [kernel_bench.paged_target(case) for case in cases] == [None, 0.75, 0.6]
+
+
+@pytest.mark.parametrize(
+    ("value", "at_least", "met"), [(1.6, True, True), (1.59, True, False), (1.6, False, True), (1.61, False, False)]
+)
+def test_a_figure_is_held_to_its_target_from_one_side(value, at_least, met):
+    figure = kernel_bench.Figure("x", value, 1.6, at_least)
+    assert figure.met == met
+    assert str(figure).startswith("met " if met else "MISSED ")
+
+
+def test_the_ledger_takes_the_worst_of_each_kind():
+    records = kernel_bench.read_records()
+    before = {figure.what: figure for figure in kernel_bench.ledger(records)}
+    records["paged"].data["share of roofline"]["decode B=8 N=1024 H=16 d=64 page=16"] = 0.01  # held to nothing
+    records["paged"].data["share of roofline"]["decode B=128 N=1024 H=16 d=64 page=16"] = 0.02
+    records["paged"].data["share of roofline, each alone"]["extend 32 B=32 N=4096 H=4 d=64 page=64"] = 0.03
+    records["attention"].data["ratios"]["d=64 N=random to 1024 bias=none"]["speed over flash"] = 0.04
+    records["attention"].data["ratios"]["d=64 N=512 bias=position+time"]["speed over flash"] = 0.05  # with a bias
+    after = {figure.what: figure for figure in kernel_bench.ledger(records)}
+    assert {what: after[what].value for what in after if after[what] != before[what]} == {
+        "decode, batch >= 64: share": 0.02,
+        "extend, slowest, each alone": 0.03,
+        "slowest case without bias: speed over flash": 0.04,
+    }
+
+
+def test_a_run_with_a_record_missing_is_named():
+    with pytest.raises(measure.MeasureError, match="triton-0_correctness.json: no such record"):
+        kernel_bench.read_records("triton-0")
