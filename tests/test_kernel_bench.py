@@ -122,7 +122,7 @@ def test_a_run_of_another_name_leaves_the_records_of_the_first_alone(monkeypatch
         "python -m hstu_lab.kernel_bench", "python -m hstu_lab.kernel_bench --name triton-9.9"
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["kernel_bench", "--name", "Triton 9"])
-    with pytest.raises(measure.MeasureError, match="'Triton 9'.*use lower-case"):
+    with pytest.raises(measure.MeasureError, match=r"'Triton 9'.*use lower-case"):
         kernel_bench.main()
 
 
@@ -161,5 +161,5 @@ def test_the_ledger_takes_the_worst_of_each_kind():
 
 
 def test_a_run_with_a_record_missing_is_named():
-    with pytest.raises(measure.MeasureError, match="triton-0_correctness.json: no such record"):
+    with pytest.raises(measure.MeasureError, match=r"triton-0_correctness\.json: no such record"):
         kernel_bench.read_records("triton-0")
