@@ -44,6 +44,12 @@ def timed(fn, name: str, *, flops: float = 0, moved: float = 0, graph: bool = Tr
     return shown(measure.measure(fn, name=name, cuda_graph=graph, work=work, inputs=inputs, **LONG_ENOUGH))
 
 
+def timed_in_turns(fns: Mapping[str, Callable], flops: float) -> list[measure.Measurement]:
+    """`timed` for functions of the same work that are to be compared, by name."""
+    work = {name: {"flops": flops} for name in fns}
+    return [shown(result) for result in measure.measure_in_turns(fns, cuda_graph=True, work=work, **LONG_ENOUGH)]
+
+
 def shown(result: measure.Measurement) -> measure.Measurement:
     """`result`, after a line about it."""
     rates = [f"{result.flops_per_second / 1e12:.0f} TFLOP/s"] if "flops" in result.work else []
@@ -113,8 +119,7 @@ def attention(record: measure.Record) -> None:
                     triton_ops.attention_jagged, q, k, v, offsets, divisor=length, bias=random_bias(heads, length, kind, g),
                     times=times, max_len=length,
                 )  # fmt: skip
-            work = {key: {"flops": flops} for key in fns}
-            seen = [shown(result) for result in measure.measure_in_turns(fns, cuda_graph=True, work=work, **LONG_ENOUGH)]
+            seen = timed_in_turns(fns, flops)
             record.measurements += seen
             for kind, result in zip(kinds, seen[-len(kinds) :]):
                 ratios[f"{name} bias={kind}"] = {
@@ -123,7 +128,7 @@ def attention(record: measure.Record) -> None:
                 }
             if length == 4096 and not jagged:
                 alone = [
-                    shown(measure.measure(fns[of], name=f"{of}, alone", cuda_graph=True, min_time=0.5, work=work[of]))
+                    shown(measure.measure(fns[of], name=f"{of}, alone", cuda_graph=True, min_time=0.5, work={"flops": flops}))
                     for of in (f"flash {name}", f"hstu {name} bias=none")
                 ]
                 record.measurements += alone
@@ -169,8 +174,7 @@ def steps(record: measure.Record) -> None:
             ("step 9 position and time bias", None, {"bias": random_bias(heads, length, "position+time", g), "times": times}),
         )
     }
-    work = {name: {"flops": flops} for name in fns}
-    record.measurements += [shown(result) for result in measure.measure_in_turns(fns, cuda_graph=True, work=work, **LONG_ENOUGH)]
+    record.measurements += timed_in_turns(fns, flops)
 
 
 def paged(record: measure.Record) -> None:
@@ -512,30 +516,10 @@ PARTS = {
 }
 
 
-RECORDS = ("correctness", "attention", "steps", "paged", "memory", "calibration", "stack")
-
-
 def read_records(name: str = "triton", device: str = "nvidia-h200") -> dict[str, measure.Record]:
-    """The seven records of a run, by what follows `name` in theirs. Raises MeasureError where one is missing."""
-    return {part: measure.read_record(f"{name}_{part}", device) for part in RECORDS}
-
-
-@dataclasses.dataclass(frozen=True)
-class Figure:
-    """A figure of a run's records, and the target that it is held to from below (`at_least`) or above."""
-
-    what: str
-    value: float
-    target: float
-    at_least: bool = True
-
-    @property
-    def met(self) -> bool:
-        return self.value >= self.target if self.at_least else self.value <= self.target
-
-    def __str__(self) -> str:
-        sign = ">=" if self.at_least else "<="
-        return f"{'met   ' if self.met else 'MISSED'} {self.what:46s} {self.value:6.2f}   target {sign} {self.target}"
+    """The records of a run of all parts, by what follows `name` in theirs. Raises MeasureError where one is missing."""
+    written = dict.fromkeys(record for record, _ in PARTS.values())  # several parts write one
+    return {record: measure.read_record(f"{name}_{record}", device) for record in written}
 
 
 def paged_target(case: str) -> float | None:
@@ -545,41 +529,46 @@ def paged_target(case: str) -> float | None:
     return 0.75 if int(case.split("B=")[1].split()[0]) >= 64 else None
 
 
-def ledger(records: Mapping[str, measure.Record]) -> list[Figure]:
+def ledger(records: Mapping[str, measure.Record]) -> list[measure.Goal]:
     """What the kernels were to reach, and what the records say. Ratios to flash are of causal bf16, 32 users, 4 heads."""
     ratios, paged = records["attention"].data["ratios"], records["paged"].data
     plain = {d: ratios[f"d={d} N=4096 bias=none"] for d in (64, 128)}
-    figures = [Figure(f"d={d}, N=4096: speed over flash", plain[d]["speed over flash"], {64: 1.35, 128: 1.6}[d]) for d in plain]
-    figures.append(Figure("d=128, N=4096, each alone", plain[128]["speed over flash, each alone"], 1.6))
+    goals = [
+        measure.Goal(f"d={d}, N=4096: speed over flash", plain[d]["speed over flash"], target)
+        for d, target in ((64, 1.35), (128, 1.6))
+    ]
+    goals.append(measure.Goal("d=128, N=4096, each alone", plain[128]["speed over flash, each alone"], 1.6))
     slowest = min(ratio["speed over flash"] for case, ratio in ratios.items() if case.endswith("none"))
-    figures.append(Figure("slowest case without bias: speed over flash", slowest, 1.0))
+    goals.append(measure.Goal("slowest case without bias: speed over flash", slowest, 1.0))
     for d in plain:
         times = ratios[f"d={d} N=4096 bias=position+time"]["time over no bias"]
-        figures.append(Figure(f"d={d}: fused bias, time over none", times, 1.5, at_least=False))
+        goals.append(measure.Goal(f"d={d}: fused bias, time over none", times, 1.5, at_least=False))
     for what, target, shares in (
         ("decode, batch >= 64: share", 0.75, paged["share of roofline"]),
         ("extend, slowest: share", 0.6, paged["share of roofline"]),
         ("extend, slowest, each alone", 0.6, paged["share of roofline, each alone"]),
     ):
-        figures.append(Figure(what, min(share for case, share in shares.items() if paged_target(case) == target), target))
+        goals.append(measure.Goal(what, min(share for case, share in shares.items() if paged_target(case) == target), target))
     moved = min(records["memory"].data["share of copy bandwidth"].values())
-    figures.append(Figure("norms, gather, copies, slowest: share of copy", moved, 0.8))
-    stack = {users: records["stack"][f"stack gr-3b B={users} N=512 bias=position+time"].median for users in (1, 8)}
+    goals.append(measure.Goal("norms, gather, copies, slowest: share of copy", moved, 0.8))
+    stack = stack_against_roofline(records)
     for users, milliseconds in ((1, 0.8), (8, 2)):
-        figures.append(Figure(f"stack, batch {users}, biased: ms", 1e3 * stack[users], milliseconds, at_least=False))
-    return [*figures, Figure("stack: recorded over modelled, worst", _over_modelled(records), 1.3, at_least=False)]
+        _, recorded = stack[f"batch {users}, bias position+time"]
+        goals.append(measure.Goal(f"stack, batch {users}, biased: ms", 1e3 * recorded, milliseconds, at_least=False))
+    worst = max(recorded / predicted for predicted, recorded in stack.values())
+    return [*goals, measure.Goal("stack: recorded over modelled, worst", worst, 1.3, at_least=False)]
 
 
-def _over_modelled(records: Mapping[str, measure.Record]) -> float:
-    """The largest recorded time of the stack over what the roofline predicts from the run's own calibration."""
+def stack_against_roofline(records: Mapping[str, measure.Record]) -> dict[str, tuple[float, float]]:
+    """Seconds of the `gr-3b` stack as the roofline predicts them from the run's own calibration, and as recorded, by case."""
     gpu = roofline.calibrated(hardware.DEVICES["H200-SXM-141GB"], records["calibration"])
-    worst = 0.0
+    rows = {}
     for users in (1, 8):
         for kind in ("none", "position+time"):
             operators = roofline.stack(preset("gr-3b").replace(rab=kind), users, 512)
             predicted = roofline.total([roofline.predict(operator, gpu) for operator in operators])
-            worst = max(worst, records["stack"][f"stack gr-3b B={users} N=512 bias={kind}"].median / predicted)
-    return worst
+            rows[f"batch {users}, bias {kind}"] = predicted, records["stack"][f"stack gr-3b B={users} N=512 bias={kind}"].median
+    return rows
 
 
 def source() -> str:

@@ -105,6 +105,24 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds * 1e9:.3g} ns"
 
 
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """A value, and the target that it is held to from below (`at_least`) or from above. As text: one row of a ledger."""
+
+    what: str
+    value: float
+    target: float
+    at_least: bool = True
+
+    @property
+    def met(self) -> bool:
+        return self.value >= self.target if self.at_least else self.value <= self.target
+
+    def __str__(self) -> str:
+        sign = ">=" if self.at_least else "<="
+        return f"{'met   ' if self.met else 'MISSED'} {self.what:46s} {self.value:6.2f}   target {sign} {self.target}"
+
+
 def measure(
     fn: Callable,
     *,

@@ -135,24 +135,15 @@ def test_the_target_of_a_paged_case():
     assert [kernel_bench.paged_target(case) for case in cases] == [None, 0.75, 0.6]
 
 
-@pytest.mark.parametrize(
-    ("value", "at_least", "met"), [(1.6, True, True), (1.59, True, False), (1.6, False, True), (1.61, False, False)]
-)
-def test_a_figure_is_held_to_its_target_from_one_side(value, at_least, met):
-    figure = kernel_bench.Figure("x", value, 1.6, at_least)
-    assert figure.met == met
-    assert str(figure).startswith("met " if met else "MISSED ")
-
-
 def test_the_ledger_takes_the_worst_of_each_kind():
     records = kernel_bench.read_records()
-    before = {figure.what: figure for figure in kernel_bench.ledger(records)}
+    before = {goal.what: goal for goal in kernel_bench.ledger(records)}
     records["paged"].data["share of roofline"]["decode B=8 N=1024 H=16 d=64 page=16"] = 0.01  # held to nothing
     records["paged"].data["share of roofline"]["decode B=128 N=1024 H=16 d=64 page=16"] = 0.02
     records["paged"].data["share of roofline, each alone"]["extend 32 B=32 N=4096 H=4 d=64 page=64"] = 0.03
     records["attention"].data["ratios"]["d=64 N=random to 1024 bias=none"]["speed over flash"] = 0.04
-    records["attention"].data["ratios"]["d=64 N=512 bias=position+time"]["speed over flash"] = 0.05  # with a bias
-    after = {figure.what: figure for figure in kernel_bench.ledger(records)}
+    records["attention"].data["ratios"]["d=64 N=512 bias=position+time"]["speed over flash"] = 0.01  # with a bias
+    after = {goal.what: goal for goal in kernel_bench.ledger(records)}
     assert {what: after[what].value for what in after if after[what] != before[what]} == {
         "decode, batch >= 64: share": 0.02,
         "extend, slowest, each alone": 0.03,

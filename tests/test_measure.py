@@ -12,6 +12,7 @@ import torch
 
 from hstu_lab import environment, measure
 from hstu_lab.measure import (
+    Goal,
     MeasureError,
     Measurement,
     Record,
@@ -254,3 +255,12 @@ def test_the_data_folder_can_be_moved(tmp_path, monkeypatch):
     assert path.is_relative_to(tmp_path / "elsewhere" / "measured")
     assert oct(os.stat(path).st_mode)[-3:] == "644"
     assert read_record("attention").path == path
+
+
+@pytest.mark.parametrize(
+    ("value", "at_least", "met"), [(1.6, True, True), (1.59, True, False), (1.6, False, True), (1.61, False, False)]
+)
+def test_a_goal_is_held_to_its_target_from_one_side(value, at_least, met):
+    goal = Goal("x", value, 1.6, at_least)
+    assert goal.met == met
+    assert str(goal).startswith("met " if met else "MISSED ")
